@@ -1,0 +1,68 @@
+// lowbit::uniform: Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+//
+// Block i has the counter (low32(i), high32(i), low32(step), low32(stream)) and the key (low32(seed), high32(seed)); its
+// four output words are the elements 4 i ... 4 i + 3, each as (word >> 8) * 2^-24.
+#pragma once
+
+namespace lowbit {
+namespace {
+
+// multipliers and Weyl increments of the paper
+constexpr uint32_t philox_m0 = 0xD2511F53u, philox_m1 = 0xCD9E8D57u;
+constexpr uint32_t philox_w0 = 0x9E3779B9u, philox_w1 = 0xBB67AE85u;
+constexpr int philox_rounds = 10;
+
+void philox_block(uint64_t block, const uint32_t key[2], const uint32_t high[2], float out[4]) {
+  uint32_t c[4] = {uint32_t(block), uint32_t(block >> 32), high[0], high[1]};
+  uint32_t k0 = key[0], k1 = key[1];
+  for (int r = 0; r < philox_rounds; ++r) {
+    const uint64_t p0 = uint64_t(philox_m0) * c[0], p1 = uint64_t(philox_m1) * c[2];
+    c[0] = uint32_t(p1 >> 32) ^ c[1] ^ k0;
+    c[2] = uint32_t(p0 >> 32) ^ c[3] ^ k1;
+    c[1] = uint32_t(p1);
+    c[3] = uint32_t(p0);
+    k0 += philox_w0;
+    k1 += philox_w1;
+  }
+  for (int i = 0; i < 4; ++i) out[i] = float(c[i] >> 8) * 0x1p-24f;
+}
+
+#if defined(LOWBIT_VECTOR_WORDS)
+// The same for several counters at once. A word lives in the low half of a 64-bit lane; what the high half holds does
+// not matter, because the widening product reads the low half only.
+inline void philox_blocks(uint64_t block, const uint32_t key[2], const uint32_t high[2], float* out) {
+  using W = Vec::Words;
+  const W m0 = W::set(philox_m0), m1 = W::set(philox_m1);
+  const W index = W::range(block);
+  W c0 = index, c1 = W::high(index), c2 = W::set(high[0]), c3 = W::set(high[1]);
+  uint32_t k0 = key[0], k1 = key[1];
+  for (int r = 0; r < philox_rounds; ++r) {
+    const W p0 = W::product(c0, m0), p1 = W::product(c2, m1);
+    c0 = W::exclusive_or(W::high(p1), c1, W::set(k0));
+    c2 = W::exclusive_or(W::high(p0), c3, W::set(k1));
+    c1 = p1;
+    c3 = p0;
+    k0 += philox_w0;
+    k1 += philox_w1;
+  }
+  W::store_uniform(out, c0, c1, c2, c3);
+}
+#endif
+
+void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32_t key[2], const uint32_t high[2]) {
+  int64_t block = begin;
+  const int64_t whole = end < count / 4 ? end : count / 4;
+#if defined(LOWBIT_VECTOR_WORDS)
+  for (; block + Vec::Words::counters <= whole; block += Vec::Words::counters)
+    philox_blocks(uint64_t(block), key, high, out + 4 * block);
+#endif
+  for (; block < whole; ++block) philox_block(uint64_t(block), key, high, out + 4 * block);
+  for (; block < end; ++block) {
+    float last[4];
+    philox_block(uint64_t(block), key, high, last);
+    for (int64_t i = 0; i < 4 && 4 * block + i < count; ++i) out[4 * block + i] = last[i];
+  }
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,72 @@
+// Vectors of eight float32 for x86 with AVX2.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace lowbit {
+namespace {
+
+struct Vec {
+  static constexpr int64_t lanes = 8;
+  static constexpr const char* name = "avx2";
+  typedef __m256 F;
+  struct I { __m256i v; };
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static I set(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static I add(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static I sub(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+  static I bit_and(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+  static I shift_right(I a, int32_t n) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+  static I larger(I a, I b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  // |x| cut at `limit`; min and max give their second operand where one is NaN, so NaN stays NaN
+  static F clamp(F x, F limit) {
+    return _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit), _mm256_min_ps(limit, x));
+  }
+  static F where_less(I a, I b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)));
+  }
+  static F nan_or(F test, F no) {
+    return _mm256_blendv_ps(no, as_float(set(int32_t(0x7fc00000))), _mm256_cmp_ps(test, test, _CMP_UNORD_Q));
+  }
+  static I as_int(F v) { return {_mm256_castps_si256(v)}; }
+  static F as_float(I v) { return _mm256_castsi256_ps(v.v); }
+
+  // Philox words of four counters, one per 64-bit lane; the high halves may hold anything
+  struct Words {
+    __m256i v;
+    static constexpr int64_t counters = 4;
+    static Words set(uint64_t x) { return {_mm256_set1_epi64x((long long)x)}; }
+    static Words range(uint64_t first) {
+      return {_mm256_add_epi64(_mm256_set1_epi64x((long long)first), _mm256_setr_epi64x(0, 1, 2, 3))};
+    }
+    static Words product(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+    static Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
+    static Words exclusive_or(Words a, Words b, Words c) {
+      return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
+    }
+    // the words' top 24 bits as uniforms, in the order of the elements
+    static void store_uniform(float* out, Words w0, Words w1, Words w2, Words w3) {
+      const __m256i low = _mm256_blend_epi32(w0.v, _mm256_slli_epi64(w1.v, 32), 0xaa);   // counter c: word 0, word 1
+      const __m256i high = _mm256_blend_epi32(w2.v, _mm256_slli_epi64(w3.v, 32), 0xaa);  // counter c: word 2, word 3
+      const __m256i even = _mm256_unpacklo_epi64(low, high);                             // counters 0 and 2
+      const __m256i odd = _mm256_unpackhi_epi64(low, high);                              // counters 1 and 3
+      put(out, _mm256_permute2x128_si256(even, odd, 0x20));
+      put(out + 8, _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+   private:
+    static void put(float* out, __m256i words) {
+      const __m256 x = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8));
+      _mm256_storeu_ps(out, _mm256_mul_ps(x, _mm256_set1_ps(0x1p-24f)));
+    }
+  };
+};
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,104 @@
+"""Accumulators: how the sums inside a product are carried out.
+
+- None: PyTorch's float operator on grid values (float32 sums, float64 for float64 operands).
+- `Chunked`: a low-precision float accumulator, rounded after every addition.
+- `Int32`: the product runs on integer codes with int32 sums; the scales are applied to the result. Both operands need
+  integer grids without a zero point, and scales that are constant along the summed axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .backward import Coded
+from .blocks import PerChannel, PerRow, PerTensor
+from .formats import Int
+from .ops.chunked import chunked_mm
+from .ops.int8_mm import int8_mm
+from .products import ConvProduct, ConvTransposeProduct, LinearProduct, ProductOps
+from .quantizer import Quantizer
+from .recipe import Chunked, Int32
+
+__all__ = ["Operand", "multiply"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One operand of a product."""
+
+    values: Tensor
+    coded: Coded | None = None
+    """Its codes and scales, where it was quantized."""
+    quantizer: Quantizer | None = None
+
+
+def multiply(ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, left: Operand, right: Operand,
+             name: str) -> Tensor:  # fmt: skip
+    """Product `which` (out, grad_a, grad_w) of two operands.
+
+    Raises:
+        ValueError: an operand that the accumulator can't take.
+    """
+    function = getattr(ops, which)
+    if accumulator is None:
+        return function(left.values, right.values)
+    if isinstance(accumulator, Chunked):
+        fmt = accumulator.format
+        bias = 2 ** (fmt.exponent - 1) - 1 if fmt.bias is None else fmt.bias
+
+        def chunked(a: Tensor, b: Tensor) -> Tensor:
+            return chunked_mm(a.float(), b.float(), accumulator.chunk, fmt.exponent, fmt.mantissa, bias)
+
+        return function(left.values, right.values, chunked).to(left.values.dtype)
+    if not left.values.numel() or not right.values.numel():
+        return function(left.values, right.values)
+    where = f"{name}.{which}"
+    scale = _scale(ops, which, "left", left, where) * _scale(ops, which, "right", right, where)
+
+    def integer(a: Tensor, b: Tensor) -> Tensor:
+        return int8_mm(a.to(torch.int8), b.to(torch.int8), accumulator.split)
+
+    sums = function(_codes(left, where), _codes(right, where), integer)
+    return sums.to(left.values.dtype) * scale
+
+
+def _codes(operand: Operand, where: str) -> Tensor:
+    coded, q = operand.coded, operand.quantizer
+    if coded is None or q is None or not isinstance(coded.format, Int) or coded.format.bits > 8 or coded.extra:
+        raise ValueError(f"{where}: an int32 accumulator needs operands on an integer grid of at most 8 bits, set both "
+                         "roles or use another accumulator")  # fmt: skip
+    if coded.zero is not None:
+        raise ValueError(f"{where}: an int32 accumulator needs symmetric grids; this one has a zero point")
+    if coded.format.max > 127:
+        raise ValueError(f"{where}: codes up to {coded.format.max:g} don't fit int8; use a signed grid")
+    return q.spec.blocks.unview(coded.grid, operand.values.shape, q.layout)
+
+
+def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str) -> Tensor:
+    """The operand's scale, shaped to multiply the product's result."""
+    _codes(operand, where)  # says what is wrong with the operand
+    assert operand.coded is not None and operand.quantizer is not None
+    scale, spec, shape = operand.coded.scale, operand.quantizer.spec, operand.values.shape
+    if isinstance(spec.blocks, PerTensor):
+        return scale.reshape(())
+    legal = PerRow if (which, side) in (("out", "left"), ("out", "right"), ("grad_a", "left")) else PerChannel
+    if not isinstance(spec.blocks, legal):
+        raise ValueError(f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks are "
+                         f"{legal.__name__} or PerTensor; got {spec.blocks}")  # fmt: skip
+    if isinstance(ops, ConvTransposeProduct) or (isinstance(ops, ConvProduct) and ops.groups > 1):
+        raise ValueError(f"{where}: transposed and grouped convolutions accumulate in int32 with PerTensor scales only")
+    if isinstance(ops, LinearProduct):
+        # a row scale of the left operand multiplies rows of the result, every other one its columns or rows
+        if which == "grad_w":
+            down = (side == "left") != ops.transposed
+            return scale.reshape(-1, 1) if down else scale.reshape(1, -1)
+        return scale.reshape(*shape[:-1], 1) if side == "left" else scale.reshape(-1)
+    if isinstance(ops, ConvProduct):
+        tail = [1] * (len(shape) - 2)
+        if which == "grad_w":
+            return scale.reshape(-1, 1, *tail) if side == "left" else scale.reshape(1, -1, *tail)
+        return scale.reshape(-1, 1, *tail, 1)[..., 0] if side == "left" else scale.reshape(1, -1, *tail)
+    raise ValueError(f"{where}: attention products accumulate in int32 with PerTensor scales only")

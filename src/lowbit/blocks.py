@@ -1,0 +1,178 @@
+"""Blocks: which elements of a tensor share a scale.
+
+A block specification turns a tensor into a matrix `(blocks, n)`, one block a row, and back. Which axis is a *row* or a
+*channel* of an operand is not a property of the block but of the product the operand enters; the layer says so with
+a `Layout`. A scale may be pulled out of a product only if it is constant along the axis the product sums over:
+
+| product  | sums over          | legal for the left operand | legal for the right operand |
+|----------|--------------------|----------------------------|-----------------------------|
+| `out`    | input features     | A per row                  | W per row (output channel)  |
+| `grad_a` | output features    | E per row                  | W per channel (input)       |
+| `grad_w` | samples and pixels | E per channel              | A per channel               |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .serial import spec
+
+__all__ = ["Blocks", "Layout", "PerAxis", "PerChannel", "PerGroup", "PerRow", "PerTensor", "PerTile"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the rows and the channels of an operand are. `keep`: the axes named vary from block to block, all others
+    lie inside a block; `reduce`: the axes named lie inside a block, all others vary."""
+
+    row: tuple[Literal["keep", "reduce"], tuple[int, ...]] = ("keep", (0,))
+    channel: tuple[Literal["keep", "reduce"], tuple[int, ...]] = ("keep", (1,))
+    contract: int = -1
+    """The axis the product sums over; groups of a `PerGroup` lie along it."""
+
+
+LINEAR_INPUT = Layout(("reduce", (-1,)), ("keep", (-1,)), -1)  # (..., features): a row is one token
+LINEAR_WEIGHT = Layout(("keep", (0,)), ("keep", (1,)), -1)  # (out, in)
+LINEAR_WEIGHT_T = Layout(("keep", (1,)), ("keep", (0,)), 0)  # (in, out), as GPT-2 stores it
+CONV_INPUT = Layout(("keep", (0,)), ("keep", (1,)), 1)  # (N, C, ...): a row is one sample
+CONV_WEIGHT = Layout(("keep", (0,)), ("keep", (1,)), 1)  # (out, in / groups, ...)
+CONV_TRANSPOSE_WEIGHT = Layout(("keep", (1,)), ("keep", (0,)), 0)  # (in, out / groups, ...)
+MATMUL_LEFT = Layout(("reduce", (-1,)), ("reduce", (-2,)), -1)  # (..., M, K)
+MATMUL_RIGHT = Layout(("reduce", (-2,)), ("reduce", (-1,)), -2)  # (..., K, N)
+
+
+def _kept(axes: tuple[str, tuple[int, ...]], ndim: int) -> list[int]:
+    mode, named = axes
+    for axis in named:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"block axis {axis} does not exist in a tensor of {ndim} dimensions")
+    chosen = {axis % ndim for axis in named}
+    return sorted(chosen if mode == "keep" else set(range(ndim)) - chosen)
+
+
+def _view(x: Tensor, kept: list[int]) -> Tensor:
+    order = kept + [d for d in range(x.ndim) if d not in kept]
+    count = math.prod(x.shape[d] for d in kept)
+    if order != list(range(x.ndim)):
+        x = x.permute(order)
+    return x.reshape(count, math.prod(x.shape[len(kept) :]))
+
+
+def _unview(b: Tensor, shape: torch.Size, kept: list[int]) -> Tensor:
+    order = kept + [d for d in range(len(shape)) if d not in kept]
+    if order == list(range(len(shape))):
+        return b.reshape(shape)
+    inverse = [order.index(d) for d in range(len(shape))]
+    return b.reshape([shape[d] for d in order]).permute(inverse)
+
+
+class Blocks:
+    """Base of the block specifications. `view(x, layout)` is `(blocks, n)`; `unview(b, shape, layout)` goes back."""
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        """Axes that vary from block to block."""
+        raise TypeError(f"{type(self).__name__} does not split along whole axes")
+
+    def view(self, x: Tensor, layout: Layout) -> Tensor:
+        return _view(x, self.kept(x.ndim, layout))
+
+    def unview(self, b: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+        return _unview(b, shape, self.kept(len(shape), layout))
+
+
+@spec
+class PerTensor(Blocks):
+    """One scale for the whole tensor."""
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        return []
+
+
+@spec
+class PerAxis(Blocks):
+    """One scale for each index of `axis`, whatever the product."""
+
+    axis: int = 0
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        return _kept(("keep", (self.axis,)), ndim)
+
+
+@spec
+class PerRow(Blocks):
+    """One scale a row of the product: a token (linear), a sample (convolution), an output channel (weights)."""
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        return _kept(layout.row, ndim)
+
+
+@spec
+class PerChannel(Blocks):
+    """One scale a feature or channel: an input channel of W and A, an output channel of E."""
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        return _kept(layout.channel, ndim)
+
+
+@spec
+class PerGroup(Blocks):
+    """One scale for every `size` consecutive elements along `axis` (None: the axis the product sums over). A last
+    group that is not full is padded with zeros inside `view`; the padding never leaves."""
+
+    size: int = 32
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"PerGroup needs a size of at least 1; got {self.size}")
+
+    def _axis(self, ndim: int, layout: Layout) -> int:
+        axis = layout.contract if self.axis is None else self.axis
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"group axis {axis} does not exist in a tensor of {ndim} dimensions")
+        return axis % ndim
+
+    def view(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x.movedim(self._axis(x.ndim, layout), -1)
+        return F.pad(x, (0, -x.shape[-1] % self.size)).reshape(-1, self.size)
+
+    def unview(self, b: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+        axis = self._axis(len(shape), layout)
+        rest = [n for d, n in enumerate(shape) if d != axis]
+        padded = shape[axis] + -shape[axis] % self.size
+        return b.reshape(*rest, padded)[..., : shape[axis]].movedim(-1, axis)
+
+
+@spec
+class PerTile(Blocks):
+    """One scale for every tile of `rows` by `cols` elements of the tensor seen as a matrix (first axis by the rest).
+    Tiles at the edge are padded with zeros inside `view`."""
+
+    rows: int = 16
+    cols: int = 16
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"PerTile needs at least 1 row and 1 column; got {self.rows} x {self.cols}")
+
+    def _sizes(self, shape: torch.Size) -> tuple[int, int, int, int]:
+        m = shape[0] if shape else 1
+        n = math.prod(shape[1:])
+        return m, n, m + -m % self.rows, n + -n % self.cols
+
+    def view(self, x: Tensor, layout: Layout) -> Tensor:
+        m, n, pm, pn = self._sizes(x.shape)
+        x = F.pad(x.reshape(m, n), (0, pn - n, 0, pm - m))
+        x = x.reshape(pm // self.rows, self.rows, pn // self.cols, self.cols).transpose(1, 2)
+        return x.reshape(-1, self.rows * self.cols)
+
+    def unview(self, b: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+        m, n, pm, pn = self._sizes(shape)
+        b = b.reshape(pm // self.rows, pn // self.cols, self.rows, self.cols).transpose(1, 2)
+        return b.reshape(pm, pn)[:m, :n].reshape(shape)

@@ -1,0 +1,351 @@
+"""Quantized layers: PyTorch's own layers with three quantized products.
+
+    a -> Q_A -> qa \\                       e -> Q_E -> qe
+                    product(qa, qw) -> y   grad_a = qe . qw  -> Q_A's gradient rule -> a
+    w -> Q_W -> qw /                       grad_w = qe . qa  -> Q_W's gradient rule -> w
+
+A layer contributes its products (`products.py`) and knows nothing of quantization; `LayerQuant` holds the quantizers of
+one layer and runs the flow above. Layers are converted in place by changing their class, so parameter names, shapes,
+hooks and ties stay.
+
+Products and their quantizers compute in float32 (float64 for float64 inputs) whatever `torch.autocast` says: a grid
+value times its scale has no exact bfloat16 image. Under autocast a layer returns the autocast type, as PyTorch's own
+would; otherwise it returns the type of its input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import blocks as B
+from .accumulate import Operand, multiply
+from .backward import Coded
+from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
+from .quantizer import QSpec, Quantizer
+from .recipe import Keep, Products, Roles
+
+__all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
+
+OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """Where rows and channels of a layer's operands are."""
+
+    A: B.Layout
+    W: B.Layout
+    E: B.Layout
+
+    def of(self, role: str) -> B.Layout:
+        return {"A": self.A, "W": self.W, "E": self.E, "result": self.E, "G": self.W, "U": self.W}[role]
+
+
+LINEAR = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT, B.LINEAR_INPUT)
+CONV1D = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT_T, B.LINEAR_INPUT)
+CONV = Layouts(B.CONV_INPUT, B.CONV_WEIGHT, B.CONV_INPUT)
+CONV_TRANSPOSE = Layouts(B.CONV_INPUT, B.CONV_TRANSPOSE_WEIGHT, B.CONV_INPUT)
+MATMUL = Layouts(B.MATMUL_LEFT, B.MATMUL_RIGHT, B.MATMUL_LEFT)
+
+
+class LayerQuant(nn.Module):
+    """The quantizers of one layer and the flow of its three products.
+
+    Args:
+        kind: linear, conv, embedding or attention.
+        name: the layer's name in the model; random streams are derived from it.
+        roles, products: what the recipe and its rules give this layer.
+        layouts: where rows and channels are.
+        weight: the layer's weight, None where both operands are activations.
+        stages: roles that replace others during a stage of the schedule, by stage.
+        seed: the recipe's seed.
+    """
+
+    def __init__(self, kind: str, name: str, roles: Roles, products: Products, layouts: Layouts,
+                 weight: Tensor | None = None, stages: tuple[Roles, ...] = (), seed: int = 0) -> None:  # fmt: skip
+        super().__init__()
+        self.kind, self.name, self.roles, self.products, self.layouts = kind, name, roles, products, layouts
+        self.stage: int | None = None
+        self.off: tuple[str, ...] = ()
+        self.frozen = False
+        self.slots = nn.ModuleDict()
+
+        def add(slot: str, role: str, spec: QSpec) -> None:
+            own = weight if role in ("W", "G", "U") else None
+            self.slots[slot] = Quantizer.make(spec, layouts.of(role), f"{name}.{slot}", weight=own is not None and
+                                              role == "W", seed=seed, like=own)  # fmt: skip
+
+        named = roles.named()
+        if weight is None:  # both operands of an attention product are activations
+            named = {k: v for k, v in named.items() if k in ("A", "E")}
+            if "A" in named:
+                named["W"] = named["A"]
+        for role, spec in named.items():
+            add(role, role, spec)
+        for i, stage in enumerate(stages):
+            for role, spec in stage.named().items():
+                add(f"stage{i}_{role}", role, spec)
+        for which, sides in OPERANDS.items():
+            p = getattr(products, which)
+            for side, role in zip(("left", "right"), sides, strict=True):
+                override = getattr(p, side)
+                if isinstance(override, QSpec):
+                    add(f"{which}_{side}", role, override)
+        if products.result is not None:
+            add("result", "result", products.result)
+
+    def role(self, name: str) -> Quantizer | None:
+        """The quantizer of a role at the present stage of the schedule; None is float."""
+        if name in self.off or (name == "W" and self.frozen):
+            return None
+        slots = self.slots
+        staged = f"stage{self.stage}_{name}"
+        if self.stage is not None and staged in slots:
+            return slots[staged]  # type: ignore[return-value]
+        return slots[name] if name in slots else None  # type: ignore[return-value]
+
+    def override(self, which: str, side: str) -> Quantizer | Keep | None:
+        """The override of one operand of one product."""
+        role = OPERANDS[which][side == "right"]
+        if role in self.off or (role == "W" and self.frozen):
+            return None
+        slot = f"{which}_{side}"
+        if slot in self.slots:
+            return self.slots[slot]  # type: ignore[return-value]
+        return Keep() if isinstance(getattr(getattr(self.products, which), side), Keep) else None
+
+    def forward(self, ops: ProductOps, a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output; `bias` must broadcast against it."""
+        out_dtype = a.dtype
+        if torch.is_autocast_enabled(a.device.type):
+            out_dtype = torch.get_autocast_dtype(a.device.type)
+        with torch.autocast(a.device.type, enabled=False):
+            double = torch.float64 in (a.dtype, w.dtype)
+            a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
+            error, at = self.role("E"), self.products.error_at
+            if error is not None and at != "output":
+                a = _QuantizeGrad.apply(a, error, error.key(a))
+            y = self._product(ops, a, w, None if at == "input" else error)
+            if bias is not None:
+                y = y + bias.to(y.dtype)
+            result = self.slots["result"] if "result" in self.slots else None
+            if result is not None:
+                y = result(y)
+        return y.to(out_dtype)
+
+    def _product(self, ops: ProductOps, a: Tensor, w: Tensor, error: Quantizer | None) -> Tensor:
+        quant_a, quant_w = self.role("A"), self.role("W")
+        qa, coded_a = quant_a.coded(a) if quant_a is not None else (a, None)
+        qw, coded_w = quant_w.coded(w) if quant_w is not None else (w, None)
+        run = _Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
+        keys: list[Tensor | None] = []
+        for slot in run.draws:
+            keys.append(None if slot is None else slot.key(w if slot.weight else a))
+        return _Product.apply(qa, qw, a.detach(), w.detach(), run, *keys)
+
+
+class _Run:
+    """One call of a layer: its products, its quantizers and which random keys the backward pass will use."""
+
+    def __init__(self, layer: LayerQuant, ops: ProductOps, roles: dict[str, Quantizer | None],
+                 coded: dict[str, Coded | None]) -> None:  # fmt: skip
+        self.ops, self.roles, self.coded, self.error = ops, roles, coded, roles["E"]
+        self.overrides = {(which, side): layer.override(which, side)
+                          for which in OPERANDS for side in ("left", "right")}  # fmt: skip
+        self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
+        self.samples = layer.products.grad_w.samples
+        self.name = layer.name
+        # one key for E, one for each override, one more for each further sample of grad_w
+        self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
+        left = self.overrides["grad_w", "left"]
+        again = left if left is not None else self.error
+        self.draws: list[Quantizer | None] = [self.error]
+        self.draws += [q if isinstance(q, Quantizer) else None for q in self.overrides.values()]
+        self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
+
+    def raw_needed(self, which: str, side: str) -> bool:
+        return self.overrides[which, side] is not None
+
+    def operand(self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None,
+                keys: dict[Any, Tensor | None]) -> Operand:  # fmt: skip
+        """One operand: the values of its role reused, quantized anew, or kept in float."""
+        override = self.overrides[which, side]
+        if override is None:
+            return Operand(q, coded, self.roles[OPERANDS[which][side == "right"]])
+        if isinstance(override, Keep):
+            return Operand(raw)
+        values, again = override.quantize_coded(raw, keys[which, side])
+        return Operand(values, again, override)
+
+    def multiply(self, which: str, left: Operand, right: Operand) -> Tensor:
+        return multiply(self.ops, which, self.accumulators[which], left, right, self.name)
+
+
+class _Product(torch.autograd.Function):
+    """`out` forward, `grad_a` and `grad_w` backward, each with its own operands and accumulator."""
+
+    @staticmethod
+    def forward(ctx: Any, qa: Tensor, qw: Tensor, a: Tensor, w: Tensor, run: _Run, *keys: Tensor | None) -> Tensor:
+        by_slot = dict(zip(run.slots, keys, strict=True))
+        left = run.operand("out", "left", qa, a, run.coded["A"], by_slot)
+        right = run.operand("out", "right", qw, w, run.coded["W"], by_slot)
+        y = run.multiply("out", left, right)
+        keep_w = w if run.raw_needed("grad_a", "right") else qw
+        keep_a = a if run.raw_needed("grad_w", "right") else qa
+        ctx.run, ctx.count = run, len(keys)
+        ctx.save_for_backward(keep_a, keep_w, *keys)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (e,) = grads
+        run: _Run = ctx.run
+        a, w, *keys = ctx.saved_tensors
+        by_slot = dict(zip(run.slots, keys, strict=True))
+        overrides = [run.overrides["grad_a", "left"], run.overrides["grad_w", "left"]]
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
+        qe: Tensor = e
+        coded_e: Coded | None = None
+        if run.error is not None and any(o is None and n for o, n in zip(overrides, needed, strict=True)):
+            qe, coded_e = run.error.quantize_coded(e, by_slot["E"])
+        grad_a = grad_w = None
+        if needed[0]:
+            left = run.operand("grad_a", "left", qe, e, coded_e, by_slot)
+            right = run.operand("grad_a", "right", w, w, run.coded["W"], by_slot)
+            grad_a = run.multiply("grad_a", left, right)
+        if needed[1]:
+            left = run.operand("grad_w", "left", qe, e, coded_e, by_slot)
+            right = run.operand("grad_w", "right", a, a, run.coded["A"], by_slot)
+            grad_w = run.multiply("grad_w", left, right)
+            again = overrides[1] if overrides[1] is not None else run.error
+            for i in range(1, run.samples if isinstance(again, Quantizer) else 1):
+                assert isinstance(again, Quantizer)
+                values, codes = again.quantize_coded(e, by_slot["sample", i])
+                grad_w = grad_w + run.multiply("grad_w", Operand(values, codes, again), right)
+            if run.samples > 1 and isinstance(again, Quantizer):
+                grad_w = grad_w / run.samples
+        return grad_a, grad_w, None, None, None, *(None,) * ctx.count
+
+
+class _QuantizeGrad(torch.autograd.Function):
+    """The identity whose gradient is quantized on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, key: Tensor | None) -> Tensor:
+        ctx.quantizer = quantizer
+        ctx.save_for_backward(key)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (key,) = ctx.saved_tensors
+        return ctx.quantizer.quantize(grads[0], key), None, None
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+class Quantized:
+    """Mixin of every converted layer; `quant` holds its quantizers."""
+
+    quant: LayerQuant
+
+
+class QLinear(Quantized, nn.Linear):
+    """`nn.Linear` with quantized products; input `(..., in_features)`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.quant(LinearProduct(input.shape, self.weight.shape), input, self.weight, self.bias)
+
+
+class _QConv(Quantized):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        batched = input.dim() == self.weight.dim()
+        x = input if batched else input.unsqueeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.stride)
+        elif isinstance(padding, str):
+            x, padding = self._string_padding(x)
+        ops = ConvProduct(x.shape, self.weight.shape, self.stride, padding, self.dilation, self.groups)
+        bias = None if self.bias is None else self.bias.reshape(1, -1, *[1] * len(self.stride))
+        y = self.quant(ops, x, self.weight, bias)
+        return y if batched else y.squeeze(0)
+
+    def _string_padding(self: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        none = (0,) * len(self.stride)
+        if self.padding == "valid":
+            return x, none
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if all(t % 2 == 0 for t in total):
+            return x, tuple(t // 2 for t in total)
+        return F.pad(x, [p for t in reversed(total) for p in (t // 2, t - t // 2)]), none
+
+
+class QConv1d(_QConv, nn.Conv1d):
+    """`nn.Conv1d` with quantized products."""
+
+
+class QConv2d(_QConv, nn.Conv2d):
+    """`nn.Conv2d` with quantized products."""
+
+
+class QConv3d(_QConv, nn.Conv3d):
+    """`nn.Conv3d` with quantized products."""
+
+
+class QConvTranspose2d(Quantized, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with quantized products."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        batched = input.dim() == 4
+        x = input if batched else input.unsqueeze(0)
+        extra = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2,  # type: ignore
+                                     self.dilation)  # type: ignore  # fmt: skip
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in
+                zip(x.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, extra,
+                    strict=True)]  # type: ignore[arg-type]  # fmt: skip
+        out_shape = torch.Size([x.shape[0], self.out_channels, *size])
+        ops = ConvTransposeProduct(x.shape, self.weight.shape, out_shape, self.stride, self.padding,  # type: ignore
+                                   self.dilation, self.groups)  # type: ignore[arg-type]  # fmt: skip
+        bias = None if self.bias is None else self.bias.reshape(1, -1, 1, 1)
+        y = self.quant(ops, x, self.weight, bias)
+        return y if batched else y.squeeze(0)
+
+
+class QEmbedding(Quantized, nn.Embedding):
+    """`nn.Embedding` whose table is quantized (role W only: a lookup has no product)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        quant = self.quant.role("W")
+        weight = self.weight if quant is None else quant(self.weight)
+        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+                           self.sparse)  # fmt: skip
+
+
+class QMatmul(Quantized, nn.Module):
+    """`a (..., M, K) @ b (..., K, N)` with quantized products; both operands are activations."""
+
+    def __init__(self, quant: LayerQuant) -> None:
+        super().__init__()
+        self.quant = quant
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.quant(MatmulProduct(a.shape, b.shape), a, b)
+
+
+def transposed_linear(cls: type) -> type:
+    """The quantized version of a linear layer that stores its weight as (in, out), as Hugging Face's `Conv1D`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.quant(LinearProduct(x.shape, self.weight.shape, transposed=True), x, self.weight, self.bias)
+
+    return type(f"Q{cls.__name__}", (Quantized, cls), {"forward": forward, "__doc__": cls.__doc__})
+
+

@@ -1,0 +1,50 @@
+"""Ternary weight networks (Li, Zhang, Liu, 2016, arXiv 1605.04711).
+
+    delta = 0.7 * mean|w|              alpha = mean of |w| over |w| > delta
+    forward   q = alpha * sign(w) where |w| > delta, else 0
+    backward  dL/dw = dL/dq
+
+The threshold is strict. One alpha and delta for each layer, as the original release; `blocks=PerAxis(0)` gives one for
+each filter, as the later release does. First and last layer are ternary too. The latent weights are not clipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backward import Coded, PassThrough
+from ..blocks import Blocks, PerTensor
+from ..formats import TERNARY
+from ..quantizer import QSpec, Quantizer
+from ..recipe import Recipe, Roles
+from . import Card, method
+
+__all__ = ["twn"]
+
+
+class Twn(Quantizer, kind="twn"):
+    """`params["threshold"]`: delta as a multiple of mean|w|."""
+
+    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+        a = x.abs()
+        keep = a > self.spec.params["threshold"] * a.mean(-1, keepdim=True)
+        count = keep.sum(-1, keepdim=True)
+        alpha = (a * keep).sum(-1, keepdim=True) / count.clamp_min(1)
+        # an empty support is a block of zeros; NaN must not become a zero
+        grid = torch.where(x.isnan(), x, x.sign() * keep)
+        return Coded(grid, torch.where(count > 0, alpha, torch.ones_like(alpha)), self.spec.format)
+
+
+@method(
+    Card(
+        name="twn", title="Ternary Weight Networks", year=2016, arxiv="1605.04711", area="weights",
+        headline=("CIFAR-10, VGG-7: 92.56 % ternary, 92.88 % float, 90.18 % binary",
+                  "ImageNet, ResNet-18: 61.8 % ternary, 65.4 % float, 57.5 % binary"),
+    )  # fmt: skip
+)
+def twn(threshold: float = 0.7, blocks: Blocks = PerTensor()) -> Recipe:  # noqa: B008  (frozen)
+    if threshold < 0:
+        raise ValueError(f"the threshold is a multiple of mean|w| and not negative; got {threshold}")
+    weight = QSpec(TERNARY, blocks, kind="twn", backward=PassThrough(), params={"threshold": threshold})
+    return Recipe("twn", Roles(W=weight))

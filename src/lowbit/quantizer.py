@@ -1,0 +1,421 @@
+"""Quantizers: one tensor to its grid and back.
+
+`QSpec` says how (plain values, JSON both ways); `Quantizer` does it and holds what is learned or tracked; `QTensor` is
+the stored result, codes packed below eight bits. A method whose codes need more than "divide by the scale and round"
+subclasses `Quantizer` with a `kind` and overrides `codes_and_scale` (and `prepare`, `restore` where the paper
+transforms the tensor before, or after).
+
+Randomness: a stochastic quantizer draws from its own counter-based stream, whose state is a buffer. A weight is
+redrawn when the weight has changed, with the same bits on every rank; everything else at every call, with other bits
+on every rank. In evaluation mode rounding is to nearest unless the specification says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .backward import Backward, Coded, PassThrough
+from .blocks import Blocks, Layout, PerTensor
+from .formats import Format, Int
+from .packing import PACKABLE, pack, unpack
+from .rng import Stream, stream_id
+from .rounding import ROUNDINGS, Rounding
+from .scales import Average, History, Learned, Scale, Static
+from .serial import nearest, spec
+
+__all__ = ["QSpec", "QTensor", "Quantizer", "rank"]
+
+
+@spec
+class QSpec:
+    """How one tensor is treated."""
+
+    format: Format
+    """The grid."""
+    blocks: Blocks = PerTensor()
+    """Which elements share a scale."""
+    scale: Scale = Static()
+    """Where the scale comes from."""
+    rounding: Rounding = "half_even"
+    """How a value between two grid points is decided in training."""
+    backward: Backward = PassThrough()
+    """The gradient rule."""
+    kind: str = "grid"
+    """Which quantizer class; "grid" divides by the scale and rounds."""
+    unsigned: Format | None = None
+    """Grid for tensors without a negative element (after a ReLU), if it differs."""
+    eval_rounding: Rounding = "half_even"
+    """Rounding in evaluation mode, where `rounding` is stochastic."""
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Constants of the kind, by name (each kind documents its own)."""
+
+    def __post_init__(self) -> None:
+        for mode in (self.rounding, self.eval_rounding):
+            if mode not in ROUNDINGS:
+                raise ValueError(f"unknown rounding {mode!r}; {nearest(mode, ROUNDINGS)}")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+
+def rank() -> int:
+    """This process's rank, 0 outside distributed training."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def storage_bits(fmt: Format) -> int:
+    """Bits one code takes in storage: 1, 2, 3, 4, 6 packed; 8, 16 and 32 as integers."""
+    return next(b for b in (*PACKABLE, 32) if b >= fmt.bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor as it is stored; `decode` gives the real values, equal to the quantizer's output."""
+
+    codes: Tensor
+    """uint8, packed below 8 bits (see `lowbit.packing`), otherwise the integer codes."""
+    scale: Tensor
+    zero: Tensor | None
+    extra: Mapping[str, Tensor]
+    spec: QSpec
+    format: Format
+    layout: Layout
+    shape: torch.Size
+    """Shape of the real tensor."""
+    count: int
+    """Stored codes, padding of the last block included."""
+    dtype: torch.dtype
+    """Type of the real tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points together."""
+        tensors = [self.codes, self.scale, *self.extra.values()] + ([] if self.zero is None else [self.zero])
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def integers(self) -> Tensor:
+        """The codes `(blocks, n)`, unpacked."""
+        codes, bits = self.codes, storage_bits(self.format)
+        if bits < 8:
+            codes = unpack(codes, bits, self.count)
+            if isinstance(self.format, Int) and self.format.signed:
+                codes = codes.to(torch.int8) - 2 ** (bits - 1)
+        return codes.reshape(-1, self.count // max(1, self.scale.shape[0])) if self.count else codes
+
+    def decode(self) -> Tensor:
+        """Real values, shape and dtype of the tensor that was encoded."""
+        if self.shape.numel() == 0:
+            return torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
+        grid = self.format.grid(self.integers(), self.scale.dtype)
+        kind = Quantizer.kinds[self.spec.kind]
+        real = kind.restore(Coded(grid, self.scale, self.format, self.zero, self.extra))
+        return self.spec.blocks.unview(real, self.shape, self.layout).to(self.dtype)
+
+
+class Quantizer(nn.Module):
+    """One tensor to its grid.
+
+    Args:
+        spec: how.
+        layout: where the rows and channels of the operand are.
+        name: name of the slot, for example `features.0.A`; the random stream is derived from it.
+        weight: True for a tensor that changes only when the optimizer steps.
+        seed: seed of the random stream.
+        like: a tensor of the shape to come; needed where a learned scale has one value a block.
+    """
+
+    kinds: ClassVar[dict[str, type[Quantizer]]] = {}
+    spec: QSpec
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            if kind in Quantizer.kinds and Quantizer.kinds[kind].__qualname__ != cls.__qualname__:
+                raise ValueError(f"two quantizers are of kind {kind!r}; rename one")
+            Quantizer.kinds[kind] = cls
+
+    @staticmethod
+    def make(spec: QSpec, *args: Any, **kwargs: Any) -> Quantizer:
+        """The quantizer of the kind that `spec` names; arguments as for the class.
+
+        Raises:
+            ValueError: unknown kind.
+        """
+        if spec.kind not in Quantizer.kinds:
+            raise ValueError(f"unknown kind of quantizer {spec.kind!r}; {nearest(spec.kind, Quantizer.kinds)}")
+        return Quantizer.kinds[spec.kind](spec, *args, **kwargs)
+
+    def __init__(self, spec: QSpec, layout: Layout | None = None, name: str = "", *, weight: bool = False,
+                 seed: int = 0, like: Tensor | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
+        self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
+        self.calibrating = False
+        self._seen: int | None = None  # version of the weight that the current draw belongs to
+        if spec.stochastic:
+            self.stream = Stream(seed, stream_id(name))
+        if isinstance(spec.scale, Learned):
+            if not spec.backward.learns:
+                raise ValueError(f"{name or spec.kind}: a Learned scale needs LearnedStep or LearnedClip, not "
+                                 f"{type(spec.backward).__name__}")  # fmt: skip
+            if like is None and not isinstance(spec.blocks, PerTensor):
+                raise ValueError(f"{name or spec.kind}: a Learned scale of an activation is per tensor; got {spec.blocks}")
+            count = 1 if like is None else spec.blocks.view(like, self.layout).shape[0]
+            like = torch.empty(0) if like is None else like
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self.learned = nn.Parameter(torch.ones(count, 1, dtype=dtype, device=like.device))
+        elif spec.backward.learns:
+            raise ValueError(f"{name or spec.kind}: {type(spec.backward).__name__} needs a Learned scale")
+        if isinstance(spec.scale, (Learned, Average, History)):
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # batches the state has taken in
+        if isinstance(spec.scale, (Average, History)):
+            self.register_buffer("tracked", torch.empty(0, 1))
+
+    # ---- what a kind of quantizer overrides -------------------------------------------------------------------------
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """A differentiable map applied before quantization; same shape."""
+        return x
+
+    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+        """Blocks `x (blocks, n)` on the grid, no gradient. `u`: uniforms like `x` for stochastic rounding, or None
+        for the deterministic one."""
+        fmt = self.format_for(x)
+        scale, zero = self.scale_for(x)
+        t = x / scale
+        if zero is not None:
+            t = t + zero
+        return Coded(fmt.snap(t, self.mode(u), u), scale, fmt, zero)
+
+    @staticmethod
+    def restore(coded: Coded) -> Tensor:
+        """Real values `(blocks, n)` of codes."""
+        grid = coded.grid if coded.zero is None else coded.grid - coded.zero
+        return grid * coded.scale
+
+    def gain(self, x: Tensor) -> float:
+        """Factor on the gradient of the learned parameter; `x` is the tensor as it entered."""
+        return 1.0
+
+    def gradient(self, grad: Tensor, lr: float, key: Tensor | None) -> Tensor:
+        """Role G: the weight gradient as the optimizer shall see it; `lr` is the present learning rate."""
+        return self.quantize(grad, key)
+
+    def penalty(self) -> Tensor | None:
+        """This quantizer's term of the loss, if it has one."""
+        return None
+
+    # ---- parts a kind may use ---------------------------------------------------------------------------------------
+
+    def mode(self, u: Tensor | None) -> Rounding:
+        """The rounding mode that goes with `u`."""
+        if not self.spec.stochastic:
+            return self.spec.rounding
+        return self.spec.eval_rounding if u is None else "stochastic"
+
+    def format_for(self, x: Tensor) -> Format:
+        """The grid for this tensor: `unsigned` where given and no element is negative."""
+        if self.spec.unsigned is not None and not bool((x < 0).any()):
+            return self.spec.unsigned
+        return self.spec.format
+
+    def scale_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of blocks `x`, tracked or learned ones included; updates what is tracked."""
+        how = self.spec.scale
+        if isinstance(how, Learned):
+            if (self.training or self.calibrating) and not bool(self.seen):
+                with torch.no_grad():
+                    self.learned.copy_(_mean_over_ranks(how.start(x)))
+                    self.seen.fill_(1)
+            return how.step(self.learned.detach() if bool(self.seen) else how.start(x)).to(x.dtype), None
+        if isinstance(how, (Average, History)):
+            return self._track(how, x), None
+        return how.compute(x)
+
+    def _track(self, how: Average | History, x: Tensor) -> Tensor:
+        count = int(self.seen)
+        old = self.tracked
+        if count and old.shape[-1 if isinstance(how, History) else 0] and old.shape[0] != x.shape[0]:
+            raise ValueError(f"{self.name}: {type(how).__name__} has tracked {old.shape[0]} blocks and now sees "
+                             f"{x.shape[0]}; use blocks whose number does not depend on the batch")  # fmt: skip
+        if not (self.training or self.calibrating) and count:
+            return self._summary(how, old).to(x.dtype)
+        now, zero = how.inner.compute(x)
+        if zero is not None:
+            raise ValueError(f"{type(how).__name__} needs a symmetric inner scale")
+        if not (self.training or self.calibrating):
+            return now
+        if isinstance(how, Average):
+            new = now if not count else how.momentum * old.to(now.dtype) + (1 - how.momentum) * now
+        else:
+            new = now if not count else torch.cat([old.to(now.dtype), now], -1)[:, -how.length :]
+        use = old if how.before and count else new
+        self.tracked = new.detach()
+        self.seen += 1
+        return self._summary(how, use).to(x.dtype)
+
+    @staticmethod
+    def _summary(how: Average | History, tracked: Tensor) -> Tensor:
+        return tracked if isinstance(how, Average) else tracked.amax(-1, keepdim=True) * how.headroom
+
+    # ---- use ---------------------------------------------------------------------------------------------------------
+
+    def key(self, x: Tensor) -> Tensor | None:
+        """The random key for one use on `x`, or None where rounding is deterministic now."""
+        if not (self.spec.stochastic and self.training):
+            return None
+        if not self.weight:
+            return self.stream.next(rank())
+        if self._seen is None or self._seen != x._version:
+            self.stream.next(0)
+            self._seen = x._version
+        return self.stream.key.clone()
+
+    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Real values on the grid, differentiable by the gradient rule; shape and dtype of `x`.
+
+        Args:
+            x: floating point, any shape; half precision is computed in float32. NaN and infinity pass through and
+                spread over the block whose scale they enter.
+            u: uniforms in [0, 1) of the shape of `x`; None draws from the quantizer's stream in training and rounds to
+                nearest in evaluation.
+
+        Raises:
+            TypeError: `x` is not floating point.
+            ValueError: `u` for a deterministic quantizer, or of another shape than `x`.
+        """
+        return self.coded(x, u)[0]
+
+    def coded(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Coded | None]:
+        """As `forward`, with the blocks and scales beside it (None for an empty tensor)."""
+        y = self._enter(x, u)
+        if x.numel() == 0:
+            return x, None
+        if u is None:
+            u = self.uniforms(y, self.key(x))
+        y = self.prepare(y)
+        blocks = self.spec.blocks.view(y, self.layout)
+        with torch.no_grad():
+            coded, q = self._run(blocks.detach(), u)
+        learned = self.learned if isinstance(self.spec.scale, Learned) else None
+        q = self.spec.backward.connect(blocks, q, coded, learned, self.gain(x))
+        return self.spec.blocks.unview(q, y.shape, self.layout).to(x.dtype), coded
+
+    def quantize(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        """Values on the grid without a gradient; `key` comes from `key(x)` (None: deterministic)."""
+        return self.quantize_coded(x, key)[0]
+
+    @torch.no_grad()
+    def quantize_coded(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Coded | None]:
+        """As `quantize`, with the blocks and scales beside it."""
+        y = self._enter(x, None)
+        if x.numel() == 0:
+            return x, None
+        u = self.uniforms(y, key)
+        y = self.prepare(y)
+        coded, q = self._run(self.spec.blocks.view(y, self.layout), u)
+        return self.spec.blocks.unview(q, y.shape, self.layout).to(x.dtype), coded
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, u: Tensor | None = None) -> QTensor:
+        """The tensor as codes; `.decode()` equals `self(x, u)` exactly.
+
+        Raises:
+            ValueError: NaN in `x` where the grid has none; no result is defined for it.
+        """
+        y = self._enter(x, u)
+        if x.numel() == 0:
+            empty = torch.empty(0, dtype=torch.uint8, device=x.device)
+            scale = torch.empty(0, 1, device=x.device)
+            return QTensor(empty, scale, None, {}, self.spec, self.spec.format, self.layout, x.shape, 0, x.dtype)
+        if u is None:
+            u = self.uniforms(y, self.key(x))
+        y = self.prepare(y)
+        coded, _ = self._run(self.spec.blocks.view(y, self.layout), u)
+        codes, fmt = coded.format.codes(coded.grid).flatten(), coded.format
+        bits = storage_bits(fmt)
+        if bits < 8:
+            shift = 2 ** (bits - 1) if isinstance(fmt, Int) and fmt.signed else 0
+            codes = pack((codes.to(torch.int16) + shift).to(torch.uint8), bits)
+        return QTensor(codes, coded.scale, coded.zero, coded.extra, self.spec, fmt, self.layout, x.shape,
+                       coded.grid.numel(), x.dtype)  # fmt: skip
+
+    def uniforms(self, x: Tensor, key: Tensor | None) -> Tensor | None:
+        """Uniforms in [0, 1) of the shape and dtype of `x` for `key`; None for None."""
+        return None if key is None else torch.ops.lowbit.uniform(key, list(x.shape)).to(x.device, x.dtype)
+
+    def _enter(self, x: Tensor, u: Tensor | None) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"a quantizer takes floating point tensors; got {x.dtype}: convert with x.float()")
+        if u is not None:
+            if not self.spec.stochastic:
+                raise ValueError(f"u was given, but this quantizer rounds {self.spec.rounding!r}; leave u out")
+            if u.shape != x.shape:
+                raise ValueError(f"u must have the shape of x, {tuple(x.shape)}; got {tuple(u.shape)}")
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    def _run(self, blocks: Tensor, u: Tensor | None) -> tuple[Coded, Tensor]:
+        if u is not None:
+            u = self.spec.blocks.view(u.to(blocks.dtype), self.layout)
+        coded = self.codes_and_scale(blocks, u)
+        q = self.restore(coded)
+        if self.watch is not None:
+            self.watch(self, blocks, q, coded)
+        return coded, q
+
+    def extra_repr(self) -> str:
+        fmt = self.spec.format
+        return f"{self.spec.kind}, {fmt}, {self.spec.blocks}, {self.spec.rounding}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        # A float checkpoint has none of this state: that is no error. The tracked scales take the size they were
+        # saved with.
+        if isinstance(self.spec.scale, (Average, History)) and f"{prefix}tracked" in state_dict:
+            self.tracked = torch.empty_like(state_dict[f"{prefix}tracked"], device=self.tracked.device)
+        own = [n for n in ("learned", "seen", "tracked") if hasattr(self, n)]
+        missing = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing[:] = [k for k in missing if k not in {prefix + n for n in own}]
+
+
+Quantizer.kinds["grid"] = Quantizer
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    # every rank sees another first batch; the parameter must start equal
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+@contextlib.contextmanager
+def watching(quantizers: list[Quantizer], watch: Callable[[Quantizer, Tensor, Tensor, Coded], None]) -> Iterator[None]:
+    """Within the context, `watch(quantizer, x, q, coded)` sees every tensor in blocks as it is quantized."""
+    before = [q.watch for q in quantizers]
+    for q in quantizers:
+        q.watch = watch
+    try:
+        yield
+    finally:
+        for q, old in zip(quantizers, before, strict=True):
+            q.watch = old
+
+
+def bits_of(spec: QSpec | None) -> float:
+    """Stored bits of one element; 32 for a tensor in float."""
+    return 32 if spec is None else float(spec.format.bits)
+
+
+def levels_of(fmt: Format) -> float:
+    """log2 of the number of levels; the width a table of bits should show for ternary is 2, its information 1.58."""
+    return math.log2(len(fmt.levels()))

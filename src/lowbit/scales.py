@@ -1,0 +1,257 @@
+"""Scales from statistics: how large one step of the grid is.
+
+Each specification maps blocks `x (blocks, n)` to a scale `(blocks, 1)`, and to a zero point where the grid is affine,
+with *real = scale * (grid - zero)*. The denominator is always written out: `AbsMax(127)` puts the largest magnitude on
+code 127, `AbsMax(127.5)` and `AbsMax(128)` are other conventions. A block of zeros, and one so small that the scale
+would underflow, gets scale 1: its elements round to zero and nothing divides by zero. NaN and infinity in a block give
+a NaN or infinite scale, so the damage shows in the result instead of being hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .formats import floor_log2, mx_scale, pow2
+from .serial import nearest, spec
+
+__all__ = ["AbsMax", "Average", "History", "Learned", "Microscale", "MinMSE", "MinMax", "Moments", "Percentile",
+           "PowerOfTwo", "Scale", "Static"]  # fmt: skip
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """Scale 1 where the statistic vanished."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive; got {value}")
+
+
+class Scale:
+    """Base of the scale specifications."""
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale `(blocks, 1)` and zero point (None: 0) of blocks `x (blocks, n)`, in the dtype of `x`."""
+        raise TypeError(f"{type(self).__name__} has no scale without its quantizer's state")
+
+
+@spec
+class Static(Scale):
+    """A fixed scale: fixed point, plain minifloat casts."""
+
+    scale: float = 1.0
+    zero: float = 0.0
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale = torch.full((x.shape[0], 1), self.scale, dtype=x.dtype, device=x.device)
+        return scale, torch.full_like(scale, self.zero) if self.zero else None
+
+
+@spec
+class AbsMax(Scale):
+    """`max|x| / denominator`."""
+
+    denominator: float
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of AbsMax", self.denominator)
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _safe(x.abs().amax(-1, keepdim=True) / self.denominator), None
+
+
+@spec
+class MinMax(Scale):
+    """`(max - min) / denominator`, affine. `zero="code"`: the range is first extended to hold 0 and the zero point is
+    an integer code, so 0 is exact; `zero="real"`: the minimum is code 0 exactly and the zero point is real."""
+
+    denominator: float
+    zero: Literal["code", "real"] = "code"
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of MinMax", self.denominator)
+        if self.zero not in ("code", "real"):
+            raise ValueError(f"unknown zero point {self.zero!r}; {nearest(self.zero, ('code', 'real'))}")
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        if self.zero == "code":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        # a constant block has no range: then its own magnitude is the step, and it stays exact
+        scale = high - low
+        scale = _safe(torch.where(scale == 0, high.abs(), scale / self.denominator))
+        zero = -low / scale
+        return scale, zero.round().clamp(0, self.denominator) if self.zero == "code" else zero
+
+
+@spec
+class Percentile(Scale):
+    """The `percent`-th percentile of |x| (linear interpolation) over the denominator; what lies beyond saturates."""
+
+    denominator: float
+    percent: float = 99.9
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of Percentile", self.denominator)
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"percent must lie in (0, 100]; got {self.percent}")
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        ordered = x.abs().sort(-1).values  # torch.quantile refuses more than 2^24 elements
+        place = self.percent / 100 * (x.shape[-1] - 1)
+        low = int(place)
+        high = min(low + 1, x.shape[-1] - 1)
+        value = torch.lerp(ordered[:, low : low + 1], ordered[:, high : high + 1], place - low)
+        return _safe(value / self.denominator), None
+
+
+@spec
+class MinMSE(Scale):
+    """The clip among `steps` equal fractions of max|x| with the least squared error of round-to-nearest on the
+    symmetric integer grid ±denominator."""
+
+    denominator: float
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of MinMSE", self.denominator)
+        _positive("the number of steps of MinMSE", self.steps)
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        top = _safe(x.abs().amax(-1, keepdim=True) / self.denominator)
+        best, least = top, torch.full_like(top, float("inf"))
+        for k in range(1, self.steps + 1):
+            scale = _safe(top * (k / self.steps))
+            codes = (x / scale).round().clamp(-self.denominator, self.denominator)
+            error = (codes * scale - x).square().sum(-1, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best, None
+
+
+@spec
+class Moments(Scale):
+    """Statistics-aware weight binning: clip `c1 * sqrt(mean x^2) - c2 * mean|x|`, or max|x| where that is not
+    positive; the step is clip / denominator (Choi et al. 2019, arXiv 1807.06964)."""
+
+    c1: float
+    c2: float
+    denominator: float
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of Moments", self.denominator)
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The clip value `(blocks, 1)`."""
+        magnitude = x.abs()
+        peak = magnitude.amax(-1, keepdim=True)
+        unit = magnitude / _safe(peak)  # squares of tiny or huge values neither vanish nor overflow
+        clip = self.c1 * unit.square().mean(-1, keepdim=True).sqrt() - self.c2 * unit.mean(-1, keepdim=True)
+        return torch.where(clip <= 0, torch.ones_like(clip), clip) * peak
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _safe(self.clip(x) / self.denominator), None
+
+
+@spec
+class PowerOfTwo(Scale):
+    """The scale of `inner` rounded to a power of two; `nearest` is nearest in the exponent."""
+
+    inner: Scale
+    mode: Literal["floor", "ceil", "nearest"] = "ceil"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("floor", "ceil", "nearest"):
+            raise ValueError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('floor', 'ceil', 'nearest'))}")
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero = self.inner.compute(x)
+        if zero is not None:
+            raise ValueError("PowerOfTwo needs a symmetric inner scale; MinMax has a zero point")
+        low = pow2(floor_log2(scale)).to(scale.dtype)
+        ratio = scale / low  # in [1, 2), exact
+        up = {"floor": ratio < 0, "ceil": ratio > 1, "nearest": ratio.square() >= 2}[self.mode]
+        out = torch.where(up, 2 * low, low)
+        return torch.where(torch.isfinite(scale), out, scale), None
+
+
+@spec
+class Microscale(Scale):
+    """Power-of-two scale of the microscaling formats; `emax` is the exponent of the element's largest value, `mode`
+    and `mantissa` as in `formats.mx_scale`."""
+
+    emax: int
+    mode: Literal["floor", "ceil", "even"] = "floor"
+    mantissa: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("floor", "ceil", "even"):
+            raise ValueError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('floor', 'ceil', 'even'))}")
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return mx_scale(x.abs().amax(-1, keepdim=True), self.emax, self.mode, self.mantissa), None
+
+
+@spec
+class Average(Scale):
+    """Exponential moving average of the scale of `inner`: `s = momentum * s + (1 - momentum) * new` after each training
+    batch, starting from the first batch. With `before=True` the average of *earlier* batches is used for this one
+    (hindsight), so no pass over the tensor has to finish before quantization starts."""
+
+    inner: Scale
+    momentum: float = 0.9
+    before: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1); got {self.momentum}")
+
+
+@spec
+class History(Scale):
+    """The largest scale of `inner` over the last `length` training batches, times `headroom`; the current batch counts
+    unless `before=True` (predictive, as delayed scaling does)."""
+
+    inner: Scale
+    length: int = 16
+    headroom: float = 1.0
+    before: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("the length of a History", self.length)
+        _positive("the headroom of a History", self.headroom)
+
+
+@spec
+class Learned(Scale):
+    """A positive parameter trained with the network, one a block: the step itself (`what="step"`) or the clip
+    `step * denominator` (`what="clip"`). It starts from the first tensor the quantizer sees in training or calibration:
+    `init="lsq"` is a step of 2 mean|x| / sqrt(denominator) (Esser et al. 2020); `init="value"` starts the parameter at
+    `value`."""
+
+    denominator: float
+    what: Literal["step", "clip"] = "step"
+    init: Literal["lsq", "value"] = "lsq"
+    value: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("the denominator of Learned", self.denominator)
+        _positive("the start value of Learned", self.value)
+        for given, allowed in ((self.what, ("step", "clip")), (self.init, ("lsq", "value"))):
+            if given not in allowed:
+                raise ValueError(f"unknown word {given!r}; {nearest(given, allowed)}")
+
+    def start(self, x: Tensor) -> Tensor:
+        """Start value of the parameter `(blocks, 1)` from blocks `x (blocks, n)`."""
+        if self.init == "value":
+            return torch.full((x.shape[0], 1), self.value, dtype=x.dtype, device=x.device)
+        step = _safe(2 * x.abs().mean(-1, keepdim=True) / self.denominator**0.5)
+        return step if self.what == "step" else step * self.denominator
+
+    def step(self, parameter: Tensor) -> Tensor:
+        """The scale that belongs to a value of the parameter; never below the smallest normal number."""
+        scale = parameter if self.what == "step" else parameter / self.denominator
+        return scale.clamp_min(torch.finfo(scale.dtype).tiny)

@@ -1,0 +1,174 @@
+"""`save` and `load`: a model on disk as `recipe.json` and `model.safetensors`.
+
+Weights of quantized layers are stored as codes, packed below eight bits, with their scales; everything else as it is.
+No pickle: a file from a stranger holds numbers and the names of this library's own specifications.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .control import control_of, layers_of
+from .formats import Format
+from .layers import Quantized
+from .model import apply
+from .quantizer import QTensor, Quantizer
+from .recipe import Recipe
+from .serial import from_data, to_data
+
+__all__ = ["load", "save"]
+
+VERSION = "1"
+FIELDS = ("codes", "scale", "zero")
+
+
+def _packed(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
+    """Parameters stored as codes: name of the parameter, its quantizer and its values."""
+    found: dict[str, tuple[Quantizer, Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and isinstance(getattr(module, "quant", None), nn.Module):
+            quant = module.quant.role("W")
+            weight = getattr(module, "weight", None)
+            if quant is not None and isinstance(weight, nn.Parameter):
+                found[f"{name}.weight" if name else "weight"] = (quant, weight)
+    return found
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the model that evaluation would run: codes of its quantized weights, the rest in float.
+
+    The folder is made if needed; files are written beside their place and renamed, so an interrupted save leaves the
+    old ones. Weights of attention projections, and those of layers with a tied weight, are stored in float.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: no recipe was applied, or a weight holds NaN and its grid has none.
+    """
+    control = control_of(model)
+    was_training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        tensors, coded = _collect(model)
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"lowbit": VERSION, "coded": json.dumps(coded)}
+    _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata))
+    _replace(folder / "recipe.json", lambda path: Path(path).write_text(control.recipe.to_json(), encoding="utf-8"))
+    return folder
+
+
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = model.state_dict()
+    shared: dict[int, int] = {}
+    for tensor in state.values():
+        shared[tensor.data_ptr()] = shared.get(tensor.data_ptr(), 0) + 1
+    packed = {n: p for n, p in _packed(model).items() if n in state and shared[state[n].data_ptr()] == 1}
+    tensors: dict[str, Tensor] = {}
+    coded: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if name not in packed:
+            tensors[name] = tensor.detach().clone().contiguous()
+            continue
+        quant, weight = packed[name]
+        q = quant.encode(weight.detach())
+        parts = {"codes": q.codes, "scale": q.scale} | ({} if q.zero is None else {"zero": q.zero}) | dict(q.extra)
+        tensors |= {f"{name}:{k}": v.contiguous() for k, v in parts.items()}
+        coded[name] = {"format": to_data(q.format), "count": q.count, "shape": list(q.shape),
+                       "dtype": str(q.dtype).removeprefix("torch."), "extra": sorted(q.extra)}  # fmt: skip
+    return tensors, coded
+
+
+def _replace(path: Path, write: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Load what `save` wrote into `model`, a float model of the same architecture; it returns converted, in evaluation
+    mode, and computes exactly what the saved model computed in evaluation.
+
+    Its weights stay on their grid: they are not quantized a second time.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the files are damaged, or belong to another architecture; the message names the tensor.
+    """
+    folder = Path(folder)
+    for name in ("recipe.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; lowbit.save writes it")
+    recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (no iterator on this object)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from None
+    if metadata.get("lowbit") != VERSION:
+        raise ValueError(f"{folder / 'model.safetensors'} was not written by lowbit.save")
+    try:
+        coded = json.loads(metadata["coded"])
+    except (KeyError, json.JSONDecodeError):
+        raise ValueError(f"{folder / 'model.safetensors'} lacks its table of codes") from None
+    apply(model, recipe)
+    packed = _packed(model)
+    for name, entry in coded.items():
+        if name not in packed:
+            raise ValueError(f"{name} is stored as codes, but this model has no quantized weight of that name")
+        tensors[name] = _decode(name, entry, tensors, packed[name])
+    _take(model, tensors)
+    for layer in layers_of(model).values():
+        layer.frozen = False
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and (f"{name}.weight" if name else "weight") in coded:
+            module.quant.frozen = True
+    return model.eval()
+
+
+def _decode(name: str, entry: Any, tensors: dict[str, Tensor], slot: tuple[Quantizer, Tensor]) -> Tensor:
+    quant, weight = slot
+    try:
+        fmt = from_data(entry["format"])
+        if not isinstance(fmt, Format) or list(weight.shape) != list(entry["shape"]):
+            raise ValueError(f"shape {entry['shape']} in the file, {list(weight.shape)} in the model")
+        count, extra = int(entry["count"]), {k: tensors.pop(f"{name}:{k}") for k in entry["extra"]}
+        codes, scale = tensors.pop(f"{name}:codes"), tensors.pop(f"{name}:scale")
+        zero = tensors.pop(f"{name}:zero", None)
+        q = QTensor(codes, scale, zero, extra, quant.spec, fmt, quant.layout, weight.shape, count, weight.dtype)
+        return q.decode()
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"can't decode {name}: {error}") from None
+
+
+def _take(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    lazy = {k for k in tensors if k.endswith(".tracked")}  # scales that take the size they were saved with
+    for key, value in tensors.items():
+        if key not in own:
+            raise ValueError(f"the file has {key}, which this model lacks")
+        if key not in lazy and own[key].shape != value.shape:
+            raise ValueError(f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in this model")
+    if absent := sorted(set(own) - set(tensors)):
+        raise ValueError(f"the file lacks {absent[0]}")
+    with torch.no_grad():
+        model.load_state_dict(tensors)

@@ -1,0 +1,306 @@
+"""`attach`: what happens around the optimizer's step. Roles G and U, loss scaling, stages of a schedule.
+
+Everything is done by the optimizer's own hooks, so the training loop does not change:
+
+    before the step   skip it if a gradient is not finite (dynamic loss scale)  ->  G on each gradient
+    the step          torch.optim's, on the gradients as they are now; or, with `Update.axpy`, three rounded updates
+    after the step    per-layer step size  ->  clip  ->  U on each weight, states on their grid  ->  count the step
+
+Gradients are those accumulated since the last `zero_grad`, already divided by the loss scale, so clipping and
+accumulation in the user's loop see true values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .attention import PROJECTIONS, QMultiheadAttention
+from .control import Control, control_of
+from .layers import LayerQuant, Quantized
+from .model import set_stage
+from .quantizer import Quantizer
+
+__all__ = ["attach"]
+
+
+@dataclasses.dataclass
+class Stored:
+    """A weight, or the part of a packed one, that a layer's G and U act on."""
+
+    param: nn.Parameter
+    part: slice
+    quant: LayerQuant
+    weight: nn.Parameter
+    """The layer's weight, also where `param` is its bias; its shape gives the Glorot bound."""
+
+    def slot(self, role: str) -> Quantizer | None:
+        """The quantizer of G or U; both work in the type of the parameter."""
+        return self.quant.role(role)
+
+
+def attach(model: nn.Module, optimizer: Any) -> Any:
+    """Put the recipe's roles G and U, its loss scale and its schedule around the steps of `optimizer`.
+
+    Call it once, after `apply` and after the optimizer was made. Parameters that the method learns (steps, clips) are
+    added to the optimizer if they are missing, and never decay: what the paper wants there is in `lowbit.penalty`.
+
+    Args:
+        model: a model that a recipe was applied to; also inside DDP or `torch.compile`.
+        optimizer: any `torch.optim.Optimizer`, or Accelerate's wrapper of one.
+
+    Returns:
+        `optimizer`.
+
+    Raises:
+        ValueError: no recipe was applied, an optimizer is attached already, or the recipe needs another optimizer.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    control = control_of(model)
+    if control.is_attached:
+        raise ValueError("an optimizer is attached to this model already; make a fresh model and apply the recipe again")
+    update = control.recipe.update
+    stored = _stored(model, control)
+    if update.axpy:
+        _check_sgd(inner, stored)
+    _learned_groups(model, inner)
+    hooks = _Hooks(model, control, inner, stored)
+    inner.register_step_pre_hook(hooks.before)
+    inner.register_step_post_hook(hooks.after)
+    if control.recipe.loss_scale is not None:
+        _scale_loss(model, control)
+    if control.recipe.schedule:
+        model.register_forward_pre_hook(lambda module, args: set_stage(module) and None)
+    control.attached = id(control)
+    return optimizer
+
+
+def _stored(model: nn.Module, control: Control) -> list[Stored]:
+    found: list[Stored] = []
+    seen: set[tuple[int, int | None]] = set()
+    update, schedule = control.recipe.update, control.recipe.schedule
+    biases = update.biases
+    every = update.clip is not None or update.lr_scale != "none"
+    staged = any(s.roles is not None and (s.roles.G or s.roles.U) for s in schedule)
+
+    def add(param: Any, part: slice, quant: LayerQuant, weight: nn.Parameter) -> None:
+        has = every or staged or any(r in quant.slots for r in ("G", "U"))
+        if isinstance(param, nn.Parameter) and param.requires_grad and (id(param), part.start) not in seen and has:
+            seen.add((id(param), part.start))  # a tied weight is stepped once
+            found.append(Stored(param, part, quant, weight))
+
+    whole = slice(None)
+    for module in model.modules():
+        if isinstance(module, QMultiheadAttention):
+            packed = module._qkv_same_embed_dim
+            for i, name in enumerate(PROJECTIONS):
+                if name not in module.projections:
+                    continue
+                quant: Any = module.projections[name]
+                rows = slice(i * module.embed_dim, (i + 1) * module.embed_dim) if i < 3 else whole
+                if i == 3:
+                    weight, bias = module.out_proj.weight, module.out_proj.bias
+                else:
+                    weight = module.in_proj_weight if packed else getattr(module, f"{name}_weight")
+                    bias = module.in_proj_bias
+                add(weight, rows if packed else whole, quant, weight)
+                if biases:
+                    add(bias, rows, quant, weight)
+        elif isinstance(module, Quantized) and getattr(module, "weight", None) is not None:
+            weight = module.weight  # type: ignore[attr-defined]
+            add(weight, whole, module.quant, weight)
+            if biases:
+                add(getattr(module, "bias", None), whole, module.quant, weight)
+    return found
+
+
+def _check_sgd(optimizer: torch.optim.Optimizer, stored: list[Stored]) -> None:
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(f"this recipe updates weights as SGD does and needs torch.optim.SGD; got "
+                         f"{type(optimizer).__name__}")  # fmt: skip
+    for group in optimizer.param_groups:
+        for name in ("dampening", "nesterov", "maximize"):
+            if group[name]:
+                raise ValueError(f"this recipe's update has no {name}; make SGD without it (got {group[name]})")
+
+
+def _learned_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Steps and clips in groups of their own, without weight decay."""
+    learned = [p for q in model.modules() if isinstance(q, Quantizer) for p in q.parameters(recurse=False)
+               if p.requires_grad]  # fmt: skip
+    ids = {id(p) for p in learned}
+    missing = dict.fromkeys(p for p in learned)
+    for group in list(optimizer.param_groups):
+        inside = [p for p in group["params"] if id(p) in ids]
+        for p in inside:
+            missing.pop(p, None)
+        if inside and group.get("weight_decay"):
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            rest = {k: v for k, v in group.items() if k not in ("params", "weight_decay", "param_names")}
+            optimizer.add_param_group({"params": inside, "weight_decay": 0.0, **rest})
+    if missing:
+        group = {"params": list(missing)}
+        if "weight_decay" in optimizer.defaults:
+            group["weight_decay"] = 0.0  # type: ignore[assignment]
+        optimizer.add_param_group(group)
+
+
+def _scale_loss(model: nn.Module, control: Control) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return grads[0] * control.loss_scale.to(grads[0].dtype)
+
+    def scale(x: Any) -> Any:
+        return Scaled.apply(x) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() else x
+
+    model.register_forward_hook(lambda module, args, output: tree_map(scale, output) if control.is_attached else output)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(lambda g: g / control.loss_scale.to(g.dtype))
+
+
+class _Hooks:
+    """The two hooks of one optimizer."""
+
+    def __init__(self, model: nn.Module, control: Control, optimizer: torch.optim.Optimizer,
+                 stored: list[Stored]) -> None:  # fmt: skip
+        self.model, self.control, self.stored = model, control, stored
+        self.update, self.recipe = control.recipe.update, control.recipe
+        self.skipped = False
+        self.before_step: list[Tensor] = []
+        self.put_back: list[tuple[nn.Parameter, Tensor | None]] = []
+        self.rates: list[tuple[dict[str, Any], Any]] = []
+        self.streams = nn.ModuleDict()
+        if self.update.states is not None:
+            for i, entry in enumerate(stored):
+                self.streams[str(i)] = Quantizer.make(
+                    self.update.states, entry.quant.layouts.W, f"{entry.quant.name}.state.{i}", seed=self.recipe.seed)
+            control.states = self.streams  # their random streams are part of the state_dict
+
+    @torch.no_grad()
+    def before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
+            raise ValueError("an attached optimizer steps without a closure: gradients must be complete before the step")
+        set_stage(self.model)
+        self.skipped = self._not_finite(optimizer)
+        if self.skipped:
+            return
+        self._rates(optimizer)
+        groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        for entry in self.stored:
+            group, quant = groups.get(id(entry.param)), entry.slot("G")
+            if quant is not None and group is not None and entry.param.grad is not None:
+                grad = entry.param.grad[entry.part]
+                grad.copy_(quant.gradient(grad, float(group["lr"]), _key(quant)))
+        if self.update.lr_scale == "glorot":
+            self.before_step = [e.param[e.part].clone() for e in self.stored]
+        if self.update.axpy:
+            self._axpy(optimizer, groups)
+
+    def _not_finite(self, optimizer: torch.optim.Optimizer) -> bool:
+        dynamic = self.recipe.loss_scale is not None and self.recipe.loss_scale.growth_interval is not None
+        if not dynamic:
+            return False
+        assert self.recipe.loss_scale is not None and self.recipe.loss_scale.growth_interval is not None
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if all(bool(torch.isfinite(p.grad).all()) for p in params):  # type: ignore[arg-type]
+            self.control.good_steps += 1
+            if int(self.control.good_steps) >= self.recipe.loss_scale.growth_interval:
+                self.control.loss_scale *= 2
+                self.control.good_steps.zero_()
+            return False
+        self.control.loss_scale /= 2
+        self.control.good_steps.zero_()
+        for p in params:  # an optimizer leaves a parameter without gradient alone
+            self.put_back.append((p, p.grad))
+            p.grad = None
+        return True
+
+    def _rates(self, optimizer: torch.optim.Optimizer) -> None:
+        _, stage = self.control.stage()
+        if stage is None or stage.lr is None or stage.stop is None:
+            return
+        low, high = stage.lr
+        middle = (stage.stop - stage.start) / 2
+        far = abs(int(self.control.step) - stage.start - middle) / middle
+        for group in optimizer.param_groups:
+            self.rates.append((group, group["lr"]))
+            group["lr"] = high - (high - low) * far
+
+    def _axpy(self, optimizer: torch.optim.Optimizer, groups: dict[int, dict[str, Any]]) -> None:
+        """g <- R(g + decay * w); v <- R(momentum * v + g); w <- R(w - lr * v). The optimizer then skips w."""
+        done: set[int] = set()
+        for i, entry in enumerate(self.stored):
+            p, group, weight = entry.param, groups.get(id(entry.param)), entry.slot("U")
+            if group is None or p.grad is None or weight is None:
+                continue
+            state: Any = self.streams[str(i)] if str(i) in self.streams else weight
+            w, g, lr = p[entry.part], p.grad[entry.part], float(group["lr"])
+            if group["weight_decay"]:
+                g = state.quantize(g + group["weight_decay"] * w, _key(state))
+            if group["momentum"]:
+                memory = optimizer.state[p].get("momentum_buffer")
+                if memory is None:
+                    memory = optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                v = state.quantize(group["momentum"] * memory[entry.part] + g, _key(state))
+                memory[entry.part] = v
+                g = v
+            p[entry.part] = weight.quantize(w - lr * g, _key(weight))
+            done.add(id(p))
+        for entry in self.stored:
+            p = entry.param
+            if id(p) in done and p.grad is not None:
+                self.put_back.append((p, p.grad))
+                p.grad = None
+
+    @torch.no_grad()
+    def after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for group, lr in self.rates:
+            group["lr"] = lr
+        axpy = {id(p) for p, _ in self.put_back}
+        for p, grad in self.put_back:
+            p.grad = grad
+        self.rates, self.put_back = [], []
+        if self.skipped:
+            return
+        for i, entry in enumerate(self.stored):
+            w = entry.param[entry.part]
+            if self.update.lr_scale == "glorot":
+                old = self.before_step[i]
+                w.copy_(old + (w - old) * _glorot(entry.weight, optimizer))
+            if self.update.clip is not None:
+                w.clamp_(-self.update.clip, self.update.clip)
+            quant = entry.slot("U")
+            if quant is not None and id(entry.param) not in axpy:
+                w.copy_(quant.quantize(w, _key(quant)))
+            if self.update.states is not None and id(entry.param) not in axpy:
+                state: Any = self.streams[str(i)]
+                for value in optimizer.state[entry.param].values():
+                    if isinstance(value, Tensor) and value.shape == entry.param.shape:
+                        value[entry.part] = state.quantize(value[entry.part], _key(state))
+        self.before_step = []
+        self.control.step += 1
+
+
+def _key(quant: Quantizer) -> Tensor | None:
+    """A key that is the same on every rank: all ranks must make the same update."""
+    return quant.stream.next(0) if quant.spec.stochastic else None
+
+
+def _glorot(weight: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    # BinaryConnect's released code: the step is scaled by 1 / sqrt(1.5 / (fan_in + fan_out)), squared for SGD
+    receptive = math.prod(weight.shape[2:])
+    factor = 1 / math.sqrt(1.5 / (weight.shape[1] * receptive + weight.shape[0] * receptive))
+    return factor**2 if isinstance(optimizer, torch.optim.SGD) else factor
