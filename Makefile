@@ -46,12 +46,9 @@ docs: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --data $(DATA)
 
-# the "paper says / we get" rows, one script per method
+# the tables of README.md and docs/ from results/*.json and the registry
 tables: $(STAMP)
-	@for script in reproduce/*.py; do \
-	  test -e "$$script" || { echo "reproduce/ holds no script yet"; exit 1; }; \
-	  echo "== $$script"; $(BIN)/python "$$script" --data $(DATA) || exit 1; \
-	done
+	$(BIN)/lowbit tables
 
 clean:
 	rm -rf .venv build dist site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import LinkError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -23,11 +24,12 @@ except ImportError:  # setuptools before 70.1
 TARGET = "0x020a000000000000"  # PyTorch 2.10: the oldest whose stable ABI has parallel_for
 # no contraction into fused multiply-add and no fast-math: kernels equal their definitions bit for bit
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+FLAGS.append("-Wno-uninitialized")  # GCC 12 warns of its own avx512fintrin.h
 FLAGS.append(f"-DTORCH_TARGET_VERSION={TARGET}")
 # files with these endings, and only these, use instructions that not every CPU has
 ISA_FLAGS = {
     "_avx2": ["-mavx2"],
-    "_avx512": ["-mavx512f", "-Wno-maybe-uninitialized"],  # GCC 12 warns of its own avx512fintrin.h
+    "_avx512": ["-mavx512f"],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -48,13 +50,24 @@ def extension() -> Extension:
     options = {"depends": headers, "extra_compile_args": FLAGS, "py_limited_api": True, "optional": True}
     if TORCH_ERROR is not None:
         return Extension("lowbit._C", sources, language="c++", **options)
-    return CppExtension("lowbit._C", sources, **options)
+    made = CppExtension("lowbit._C", sources, **options)
+    # error messages name PyTorch's headers, not the folder of the machine that built the wheel
+    made.extra_compile_args = FLAGS + [f"-fmacro-prefix-map={folder}/=" for folder in made.include_dirs]
+    return made
+
+
+class BuildFailed(Exception):
+    """A reason that reads well by itself."""
 
 
 class build_kernels(build_ext):
     """Compiles where it can, and records the outcome beside the library."""
 
     reason: str | None = None  # why there are no kernels
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # flags, compiler or PyTorch may have changed; the sources compile in seconds
 
     def run(self) -> None:
         in_place = bool(self.inplace or self.editable_mode)
@@ -84,11 +97,15 @@ class build_kernels(build_ext):
 
         def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
             isa = [flag for end, flags in ISA_FLAGS.items() if Path(src).stem.endswith(end) for flag in flags]
-            compile_one(obj, src, ext, cc_args, [*extra_postargs, *(isa if X86 else [])], pp_opts)
+            try:
+                compile_one(obj, src, ext, cc_args, [*extra_postargs, *(isa if X86 else [])], pp_opts)
+            except Exception as error:
+                name = self.compiler_name()
+                raise BuildFailed(f"{name} could not compile {src}; pip -v shows why") from error
 
         try:
             if self.compiler.compiler_type != "unix":
-                raise RuntimeError(f"{self.compiler.compiler_type} is not supported, GCC and Clang are")
+                raise BuildFailed(f"{self.compiler.compiler_type} is not supported, GCC and Clang are")
             self.compiler._compile = compile_with_isa
             for ext in self.extensions:
                 ext.optional = False  # so that a failure arrives here, with its reason
@@ -96,15 +113,22 @@ class build_kernels(build_ext):
                     self.build_extension(ext)
                 finally:
                     ext.optional = True
-        except Exception as error:
-            self.reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+        except BuildFailed as error:
+            self.reason = str(error)
+        except LinkError:
+            self.reason = f"{self.compiler_name()} could not link the library; pip -v shows why"
+        except Exception as error:  # a missing tool, a broken PyTorch, ...
+            message = str(error).strip().splitlines() or ["no message"]
+            self.reason = f"{type(error).__name__}: {message[0][:200]}"
+
+    def compiler_name(self) -> str:
+        return (getattr(self.compiler, "compiler_cxx", None) or ["no C++ compiler"])[0]
 
     def compiler_version(self) -> str | None:
-        program = (getattr(self.compiler, "compiler_cxx", None) or [None])[0]
         try:
-            answer = subprocess.run([program, "--version"], capture_output=True, text=True)
+            answer = subprocess.run([self.compiler_name(), "--version"], capture_output=True, text=True)
             return answer.stdout.splitlines()[0]
-        except (OSError, TypeError, IndexError):
+        except (OSError, IndexError):
             return None
 
     def get_ext_filename(self, fullname: str) -> str:

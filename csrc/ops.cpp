@@ -44,7 +44,10 @@ const lowbit::Kernels& named(const std::string& isa) {
 
 std::string isas() {
   std::string names;
-  for (const lowbit::Kernels* table : available()) names += (names.empty() ? "" : " ") + std::string(table->name);
+  for (const lowbit::Kernels* table : available()) {
+    if (!names.empty()) names += ' ';
+    names += table->name;
+  }
   return names;
 }
 

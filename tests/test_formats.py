@@ -714,3 +714,27 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(codes, f.codes(f.snap(x))) and torch.equal(grid, f.snap(x))
     assert torch.equal(levels, table.snap(x))
     assert torch.equal(integers, Int(8).codes(Int(8).snap(x)))
+
+
+# ---- the short ways of snap are the definition, bit for bit ----------------------------------------------------------
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    number = ~a.isnan()
+    return bool((a.isnan() == b.isnan()).all()) and torch.equal(a[number], b[number]) and torch.equal(
+        torch.signbit(a[number]), torch.signbit(b[number]))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fmt", [formats.FP16, formats.FP16_169, formats.E5M2, formats.E4M3, formats.E4M3B11,
+                                 formats.E3M2, formats.E2M1, formats.Log(2.0, -7, 0), formats.Log(2.0, -3, 3)])  # fmt: skip
+def test_short_way_equals_the_definition(fmt: formats.Float | formats.Log, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    words = torch.randint(-(2**31), 2**31, (20_000,), generator=generator).to(torch.int32)
+    near = torch.randn(20_000, generator=generator) * torch.exp2(
+        torch.randint(-12, 12, (20_000,), generator=generator).float())  # fmt: skip
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, -3e38])
+    for x in (words.view(torch.float32).to(dtype), near.to(dtype), special.to(dtype)):
+        u = torch.rand(x.shape, generator=generator)
+        assert _equal_bits(fmt.snap(x, "stochastic", u), fmt._snap(x, "stochastic", u))
+        assert _equal_bits(fmt.snap(x), fmt._snap(x, "half_even", None))

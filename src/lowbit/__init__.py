@@ -10,7 +10,7 @@
 from . import ops
 from .attention import scaled_dot_product_attention
 from .backward import InRange, LearnedClip, LearnedStep, PassThrough
-from .blocks import PerAxis, PerChannel, PerGroup, PerRow, PerTensor, PerTile
+from .blocks import PerAxis, PerChannel, PerGroup, PerRow, PerSample, PerTensor, PerTile
 from .formats import Codebook, Even, Fixed, Float, Int, Log
 from .methods import Card, create, list_methods
 from .model import apply, calibrate, penalty, quantizer
@@ -31,7 +31,19 @@ from .recipe import (
     Update,
 )
 from .report import Report, report
-from .scales import AbsMax, Average, History, Learned, Microscale, MinMax, MinMSE, Moments, Percentile, PowerOfTwo, Static
+from .scales import (
+    AbsMax,
+    Average,
+    History,
+    Learned,
+    Microscale,
+    MinMax,
+    MinMSE,
+    Moments,
+    Percentile,
+    PowerOfTwo,
+    Static,
+)
 from .storage import load, save
 from .update import attach
 
@@ -66,6 +78,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerRow",
+    "PerSample",
     "PerTensor",
     "PerTile",
     "Percentile",

@@ -18,7 +18,7 @@ from .blocks import PerChannel, PerRow, PerTensor
 from .formats import Int
 from .ops.chunked import chunked_mm
 from .ops.int8_mm import int8_mm
-from .products import ConvProduct, ConvTransposeProduct, LinearProduct, ProductOps
+from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import Quantizer
 from .recipe import Chunked, Int32
 
@@ -86,19 +86,35 @@ def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str)
         return scale.reshape(())
     legal = PerRow if (which, side) in (("out", "left"), ("out", "right"), ("grad_a", "left")) else PerChannel
     if not isinstance(spec.blocks, legal):
-        raise ValueError(f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks are "
-                         f"{legal.__name__} or PerTensor; got {spec.blocks}")  # fmt: skip
-    if isinstance(ops, ConvTransposeProduct) or (isinstance(ops, ConvProduct) and ops.groups > 1):
-        raise ValueError(f"{where}: transposed and grouped convolutions accumulate in int32 with PerTensor scales only")
+        raise ValueError(f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks "
+                         f"are {legal.__name__} or PerTensor; got {spec.blocks}")  # fmt: skip
     if isinstance(ops, LinearProduct):
         # a row scale of the left operand multiplies rows of the result, every other one its columns or rows
         if which == "grad_w":
             down = (side == "left") != ops.transposed
             return scale.reshape(-1, 1) if down else scale.reshape(1, -1)
         return scale.reshape(*shape[:-1], 1) if side == "left" else scale.reshape(-1)
-    if isinstance(ops, ConvProduct):
-        tail = [1] * (len(shape) - 2)
-        if which == "grad_w":
-            return scale.reshape(-1, 1, *tail) if side == "left" else scale.reshape(1, -1, *tail)
-        return scale.reshape(-1, 1, *tail, 1)[..., 0] if side == "left" else scale.reshape(1, -1, *tail)
-    raise ValueError(f"{where}: attention products accumulate in int32 with PerTensor scales only")
+    if isinstance(ops, (ConvProduct, ConvTransposeProduct)):
+        return _conv_scale(ops, which, side, scale)
+    assert isinstance(ops, MatmulProduct)
+    if ops.a_shape[:-2] != ops.w_shape[:-2]:
+        raise ValueError(f"{where}: an attention product whose batch axes {tuple(ops.a_shape[:-2])} and "
+                         f"{tuple(ops.w_shape[:-2])} broadcast accumulates in int32 with PerTensor scales only")  # fmt: skip
+    down = (which != "grad_w") == (side == "left")
+    return scale.reshape(*shape[:-2], *((-1, 1) if down else (1, -1)))
+
+
+def _conv_scale(ops: ConvProduct | ConvTransposeProduct, which: str, side: str, scale: Tensor) -> Tensor:
+    tail = [1] * (len(ops.w_shape) - 2)
+    transposed = isinstance(ops, ConvTransposeProduct)
+    if which == "grad_w":  # the result is (first, second / groups, ...)
+        if (side == "left") != transposed:
+            return scale.reshape(-1, 1, *tail)
+        first = ops.w_shape[0]
+        per_group = scale.reshape(ops.groups, 1, -1).expand(-1, first // ops.groups, -1)
+        return per_group.reshape(first, -1, *tail)
+    if side == "left":
+        return scale.reshape(-1, 1, *tail)
+    if (which == "out") == transposed:  # this axis of the weight numbers channels within their group
+        scale = scale.flatten().repeat(ops.groups)
+    return scale.reshape(1, -1, *tail)

@@ -72,8 +72,12 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        named = dict(zip(PROJECTIONS, zip(weights, biases, strict=True), strict=False))
+        biases: tuple[Tensor | None, ...] = (None,) * 3
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
+        named: dict[str, tuple[Tensor, Tensor | None]] = dict(
+            zip(PROJECTIONS[:3], zip(weights, biases, strict=True), strict=True)
+        )
         return named | {"out_proj": (self.out_proj.weight, self.out_proj.bias)}
 
     def _project(self, name: str, x: Tensor, parts: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -94,7 +98,7 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
         parts = self.parts()
         n, length, _ = query.shape
         q, k, v = (self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, -1).transpose(1, 2)
-                   for p, t in zip(PROJECTIONS, (query, key, value), strict=False))  # fmt: skip
+                   for p, t in zip(PROJECTIONS[:3], (query, key, value), strict=True))  # fmt: skip
         mask = self._mask(attn_mask, key_padding_mask, n, q)
         if is_causal and attn_mask is None:
             raise ValueError("nn.MultiheadAttention needs attn_mask when is_causal is set, as PyTorch's own does")

@@ -42,6 +42,8 @@ class Coded:
     """Zero point like `scale`; None is 0."""
     extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """What else decoding needs, by name."""
+    divisor: Tensor | None = None
+    """What the tensor was divided by for good, where the method drops a scale: scale * grid is near x / divisor."""
 
 
 class _Masked(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .serial import spec
 
-__all__ = ["Blocks", "Layout", "PerAxis", "PerChannel", "PerGroup", "PerRow", "PerTensor", "PerTile"]
+__all__ = ["Blocks", "Layout", "PerAxis", "PerChannel", "PerGroup", "PerRow", "PerSample", "PerTensor", "PerTile"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Layout:
 
     row: tuple[Literal["keep", "reduce"], tuple[int, ...]] = ("keep", (0,))
     channel: tuple[Literal["keep", "reduce"], tuple[int, ...]] = ("keep", (1,))
-    contract: int = -1
-    """The axis the product sums over; groups of a `PerGroup` lie along it."""
+    contract: int | tuple[Literal["keep", "reduce"], tuple[int, ...]] = -1
+    """The axis the product sums over; groups of a `PerGroup` lie along it. A product that sums over several axes takes
+    them as one, flattened: ("reduce", axes) names the others."""
 
 
 LINEAR_INPUT = Layout(("reduce", (-1,)), ("keep", (-1,)), -1)  # (..., features): a row is one token
@@ -43,6 +44,8 @@ LINEAR_WEIGHT_T = Layout(("keep", (1,)), ("keep", (0,)), 0)  # (in, out), as GPT
 CONV_INPUT = Layout(("keep", (0,)), ("keep", (1,)), 1)  # (N, C, ...): a row is one sample
 CONV_WEIGHT = Layout(("keep", (0,)), ("keep", (1,)), 1)  # (out, in / groups, ...)
 CONV_TRANSPOSE_WEIGHT = Layout(("keep", (1,)), ("keep", (0,)), 0)  # (in, out / groups, ...)
+SAMPLES: tuple[Literal["reduce"], tuple[int, ...]] = ("reduce", (-1,))  # linear: grad_w sums over all tokens
+PIXELS: tuple[Literal["reduce"], tuple[int, ...]] = ("reduce", (1,))  # convolution: over samples and pixels
 MATMUL_LEFT = Layout(("reduce", (-1,)), ("reduce", (-2,)), -1)  # (..., M, K)
 MATMUL_RIGHT = Layout(("reduce", (-2,)), ("reduce", (-1,)), -2)  # (..., K, N)
 
@@ -105,6 +108,14 @@ class PerAxis(Blocks):
 
 
 @spec
+class PerSample(Blocks):
+    """One scale for each index of the first axis, whatever the product; a vector is one sample."""
+
+    def kept(self, ndim: int, layout: Layout) -> list[int]:
+        return [0] if ndim > 1 else []
+
+
+@spec
 class PerRow(Blocks):
     """One scale a row of the product: a token (linear), a sample (convolution), an output channel (weights)."""
 
@@ -122,8 +133,8 @@ class PerChannel(Blocks):
 
 @spec
 class PerGroup(Blocks):
-    """One scale for every `size` consecutive elements along `axis` (None: the axis the product sums over). A last
-    group that is not full is padded with zeros inside `view`; the padding never leaves."""
+    """One scale for every `size` consecutive elements along `axis` (None: what the product sums over). A last group
+    that is not full is padded with zeros inside `view`; the padding never leaves."""
 
     size: int = 32
     axis: int | None = None
@@ -132,21 +143,25 @@ class PerGroup(Blocks):
         if self.size < 1:
             raise ValueError(f"PerGroup needs a size of at least 1; got {self.size}")
 
-    def _axis(self, ndim: int, layout: Layout) -> int:
+    def _order(self, ndim: int, layout: Layout) -> tuple[list[int], int]:
+        """All axes, those that groups lie along last, and how many come before them."""
         axis = layout.contract if self.axis is None else self.axis
-        if not -ndim <= axis < ndim:
-            raise ValueError(f"group axis {axis} does not exist in a tensor of {ndim} dimensions")
-        return axis % ndim
+        along = _kept(("keep", (axis,)) if isinstance(axis, int) else axis, ndim)
+        rest = [d for d in range(ndim) if d not in along]
+        return rest + along, len(rest)
 
     def view(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x.movedim(self._axis(x.ndim, layout), -1)
+        order, rest = self._order(x.ndim, layout)
+        x = x.permute(order)
+        x = x.reshape(*x.shape[:rest], math.prod(x.shape[rest:]))
         return F.pad(x, (0, -x.shape[-1] % self.size)).reshape(-1, self.size)
 
     def unview(self, b: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
-        axis = self._axis(len(shape), layout)
-        rest = [n for d, n in enumerate(shape) if d != axis]
-        padded = shape[axis] + -shape[axis] % self.size
-        return b.reshape(*rest, padded)[..., : shape[axis]].movedim(-1, axis)
+        order, rest = self._order(len(shape), layout)
+        moved = [shape[d] for d in order]
+        n = math.prod(moved[rest:])
+        b = b.reshape(*moved[:rest], n + -n % self.size)[..., :n].reshape(moved)
+        return b.permute([order.index(d) for d in range(len(shape))])
 
 
 @spec

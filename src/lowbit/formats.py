@@ -26,7 +26,7 @@ __all__ = [
     "BF16", "BINARY", "E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "E4M3B11", "E4M3FNUZ", "E4M3_IEEE", "E5M2",
     "E5M2FNUZ", "E8M0", "FP16", "FP16_169", "MXINT8", "TERNARY",
     "Codebook", "Even", "Fixed", "Float", "Format", "Int", "Log",
-    "floor_log2", "ldexp", "mx_scale", "pow2",
+    "ap2", "floor_log2", "ldexp", "mx_scale", "pow2",
 ]  # fmt: skip
 
 
@@ -104,6 +104,24 @@ def floor_log2(x: Tensor) -> Tensor:
     e = torch.where(normal <= -bias, lifted, normal)
     e = torch.where(x == 0, -(1 << 20), torch.where(normal > bias, 1 << 20, e))
     return e.to(torch.int32)
+
+
+def ap2(x: Tensor) -> Tensor:
+    """The power of two nearest to x in the exponent, sign(x) * 2^round(log2|x|): from sqrt(2) * 2^k on 2^(k+1).
+    0 stays 0, NaN NaN and infinity infinity; exact for subnormal numbers too.
+
+    Args:
+        x: any floating dtype, any shape.
+
+    Returns:
+        The shape of `x`, float32 (float64 for float64 input).
+    """
+    x = _real(x)
+    e = floor_log2(x)
+    # the fraction in [1, 2) is exact, and the double nearest to sqrt(2) lies above it: so this compares with sqrt(2)
+    up = ldexp(x.abs(), -e).to(torch.float64) >= math.sqrt(2)
+    power = torch.copysign(pow2(e + up, x.dtype), x)
+    return torch.where(x.isfinite() & (x != 0), power, x)
 
 
 def mx_scale(
@@ -407,6 +425,25 @@ _SPECIALS = ("ieee", "fn", "fnuz", "none")
 _OVERFLOWS = ("saturate", "native")
 
 
+def _snap_float(x: Tensor, emin: int, mantissa: int, top: float, u: Tensor | None) -> Tensor:
+    """`Float._snap` with the bits of x instead of its exponent as a number: the same result in fewer passes.
+
+    With p = max(2^floor(log2|x|), 2^emin) the step is p * 2^-mantissa. Without `u`, adding and subtracting
+    p * 1.5 * 2^(carrier bits - mantissa) lets the processor's own rounding to even fall on the step.
+    """
+    integer, carrier, bias = _FIELDS[x.dtype]
+    x = x.clamp(-top, top)
+    power = x.view(integer) & ((2 * bias + 1) << carrier)
+    power = power.clamp_(min=(emin + bias) << carrier)
+    if u is None:
+        magic = (power + ((carrier - mantissa << carrier) + (1 << carrier - 1))).view(x.dtype)
+        y = (x + magic) - magic
+    else:
+        step = (power - (mantissa << carrier)).view(x.dtype)
+        y = (round_to_int(x / step, "stochastic", u) * step).clamp_(-top, top)
+    return torch.copysign(y, x)
+
+
 @spec
 class Float(Format):
     """Binary floating point: sign, exponent E, mantissa M.
@@ -513,6 +550,22 @@ class Float(Format):
 
     def snap(self, t: Tensor, rounding: str = "half_even", u: Tensor | None = None) -> Tensor:
         x = _real(t)
+        if not self._by_bits(x, rounding, u):
+            return self._snap(x, rounding, u)
+        y = _snap_float(x, self._emin, self.mantissa, self.max, u if rounding == "stochastic" else None)
+        return y + 0.0 if self.specials == "fnuz" else y  # fnuz has no -0
+
+    def _by_bits(self, x: Tensor, rounding: str, u: Tensor | None) -> bool:
+        """Whether the short way of `_snap_float` holds: all that it adds and divides by are normal numbers."""
+        _, mantissa, bias = _FIELDS[x.dtype]
+        room = self._emin - self.mantissa > 1 - bias and self._emax + mantissa - self.mantissa < bias
+        plain = self.signed and self.subnormals and self.mantissa > 0
+        bounded = self.overflow == "saturate" or self.specials == "none"
+        drawn = rounding == "stochastic" and u is not None and u.shape == x.shape
+        return plain and bounded and room and (rounding == "half_even" or drawn)
+
+    def _snap(self, x: Tensor, rounding: str, u: Tensor | None) -> Tensor:
+        """The definition of `snap`."""
         if not self.signed:
             x = x.clamp(min=self.min)
         e = _exponent(x).clamp(self._emin, self._emax)
@@ -689,6 +742,16 @@ class Log(Format):
 
     def snap(self, t: Tensor, rounding: str = "half_even", u: Tensor | None = None) -> Tensor:
         x = _real(t)
+        if rounding == "stochastic" and u is not None and u.shape == x.shape and self._octaves:
+            return _snap_octaves(x, self.kmin, self.kmax, u)
+        return self._snap(x, rounding, u)
+
+    @property
+    def _octaves(self) -> bool:
+        return self.base == 2.0 and self.offset == 1.0 and self.zero and self.signed and self.kmin > -126
+
+    def _snap(self, x: Tensor, rounding: str, u: Tensor | None) -> Tensor:
+        """The definition of `snap`."""
         values, codes, mids = (table.to(x.device) for table in self._table)
         if self.signed and not self.zero:
             least = values[len(values) // 2].to(x.dtype)
@@ -709,6 +772,25 @@ class Log(Format):
 
     def levels(self) -> Tensor:
         return self._table[0]
+
+
+def _snap_octaves(x: Tensor, kmin: int, kmax: int, u: Tensor) -> Tensor:
+    """`Log._snap` for powers of two with stochastic rounding, from the bits of x: the same result in fewer passes.
+
+    |x| lies between low = 2^floor(log2|x|), or 0 below the smallest level, and high; the value form rounds a
+    negative number up, toward low, when u < (high - |x|) / (high - low). Every difference and quotient is exact.
+    """
+    integer, carrier, bias = _FIELDS[x.dtype]
+    least = 2.0**kmin
+    size = x.abs().clamp_(max=2.0**kmax)
+    low = (size.view(integer) & ((2 * bias + 1) << carrier)).view(x.dtype)
+    below = size < least
+    low = low.masked_fill_(below, 0.0)
+    gap = low.clamp(min=least)  # to the next level
+    part = (size - low) / gap
+    away = torch.where(x < 0, u >= 1 - part, u < part)
+    y = torch.where(away, low + gap, low).copysign_(x)
+    return torch.where(x.isnan(), x, y) + 0.0
 
 
 def _index(x: Tensor, values: Tensor) -> Tensor:

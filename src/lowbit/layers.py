@@ -16,7 +16,7 @@ would; otherwise it returns the type of its input.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,11 @@ from .accumulate import Operand, multiply
 from .backward import Coded
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import QSpec, Quantizer
-from .recipe import Keep, Products, Roles
+from .recipe import Int32, Keep, Products, Roles, Stage
 
 __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
 
+Contract = int | tuple[Literal["keep", "reduce"], tuple[int, ...]]
 OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
 
 
@@ -41,16 +42,26 @@ class Layouts:
     A: B.Layout
     W: B.Layout
     E: B.Layout
+    outputs: Contract
+    """What `grad_a` sums over, in W."""
+    samples: Contract
+    """What `grad_w` sums over, in E and A."""
 
-    def of(self, role: str) -> B.Layout:
-        return {"A": self.A, "W": self.W, "E": self.E, "result": self.E, "G": self.W, "U": self.W}[role]
+    def of(self, role: str, which: str = "out") -> B.Layout:
+        """The layout of a role's tensor as an operand of product `which`."""
+        layout = {"A": self.A, "W": self.W, "E": self.E, "result": self.E, "G": self.W, "U": self.W}[role]
+        if which == "grad_w":
+            return dataclasses.replace(layout, contract=self.samples)
+        if which == "grad_a" and role == "W":
+            return dataclasses.replace(layout, contract=self.outputs)
+        return layout
 
 
-LINEAR = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT, B.LINEAR_INPUT)
-CONV1D = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT_T, B.LINEAR_INPUT)
-CONV = Layouts(B.CONV_INPUT, B.CONV_WEIGHT, B.CONV_INPUT)
-CONV_TRANSPOSE = Layouts(B.CONV_INPUT, B.CONV_TRANSPOSE_WEIGHT, B.CONV_INPUT)
-MATMUL = Layouts(B.MATMUL_LEFT, B.MATMUL_RIGHT, B.MATMUL_LEFT)
+LINEAR = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT, B.LINEAR_INPUT, 0, B.SAMPLES)
+CONV1D = Layouts(B.LINEAR_INPUT, B.LINEAR_WEIGHT_T, B.LINEAR_INPUT, 1, B.SAMPLES)
+CONV = Layouts(B.CONV_INPUT, B.CONV_WEIGHT, B.CONV_INPUT, 0, B.PIXELS)
+CONV_TRANSPOSE = Layouts(B.CONV_INPUT, B.CONV_TRANSPOSE_WEIGHT, B.CONV_INPUT, 1, B.PIXELS)
+MATMUL = Layouts(B.MATMUL_LEFT, B.MATMUL_RIGHT, B.MATMUL_LEFT, -1, -2)
 
 
 class LayerQuant(nn.Module):
@@ -62,12 +73,14 @@ class LayerQuant(nn.Module):
         roles, products: what the recipe and its rules give this layer.
         layouts: where rows and channels are.
         weight: the layer's weight, None where both operands are activations.
-        stages: roles that replace others during a stage of the schedule, by stage.
+        stages: the recipe's schedule, with roles that replace others during a stage.
         seed: the recipe's seed.
+        states: grid of the optimizer's state (`Update.states`).
     """
 
     def __init__(self, kind: str, name: str, roles: Roles, products: Products, layouts: Layouts,
-                 weight: Tensor | None = None, stages: tuple[Roles, ...] = (), seed: int = 0) -> None:  # fmt: skip
+                 weight: Tensor | None = None, stages: tuple[Stage, ...] = (), seed: int = 0,
+                 states: QSpec | None = None) -> None:  # fmt: skip
         super().__init__()
         self.kind, self.name, self.roles, self.products, self.layouts = kind, name, roles, products, layouts
         self.stage: int | None = None
@@ -75,10 +88,10 @@ class LayerQuant(nn.Module):
         self.frozen = False
         self.slots = nn.ModuleDict()
 
-        def add(slot: str, role: str, spec: QSpec) -> None:
+        def add(slot: str, role: str, spec: QSpec, which: str = "out") -> None:
             own = weight if role in ("W", "G", "U") else None
-            self.slots[slot] = Quantizer.make(spec, layouts.of(role), f"{name}.{slot}", weight=own is not None and
-                                              role == "W", seed=seed, like=own)  # fmt: skip
+            self.slots[slot] = Quantizer.make(spec, layouts.of(role, which), f"{name}.{slot}", weight=own is not None
+                                              and role == "W", seed=seed, like=own)  # fmt: skip
 
         named = roles.named()
         if weight is None:  # both operands of an attention product are activations
@@ -88,16 +101,20 @@ class LayerQuant(nn.Module):
         for role, spec in named.items():
             add(role, role, spec)
         for i, stage in enumerate(stages):
-            for role, spec in stage.named().items():
+            for role, spec in (Roles() if stage.roles is None else stage.roles).named().items():
                 add(f"stage{i}_{role}", role, spec)
+            if stage.result is not None:
+                add(f"stage{i}_result", "result", stage.result)
         for which, sides in OPERANDS.items():
             p = getattr(products, which)
             for side, role in zip(("left", "right"), sides, strict=True):
                 override = getattr(p, side)
                 if isinstance(override, QSpec):
-                    add(f"{which}_{side}", role, override)
+                    add(f"{which}_{side}", role, override, which)
         if products.result is not None:
             add("result", "result", products.result)
+        if states is not None and weight is not None and (roles.G or roles.U):
+            add("states", "U", states)
 
     def role(self, name: str) -> Quantizer | None:
         """The quantizer of a role at the present stage of the schedule; None is float."""
@@ -122,30 +139,33 @@ class LayerQuant(nn.Module):
     def forward(self, ops: ProductOps, a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output; `bias` must broadcast against it."""
         out_dtype = a.dtype
-        if torch.is_autocast_enabled(a.device.type):
+        if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:  # which autocast leaves alone
             out_dtype = torch.get_autocast_dtype(a.device.type)
         with torch.autocast(a.device.type, enabled=False):
             double = torch.float64 in (a.dtype, w.dtype)
+            stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
             a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
             error, at = self.role("E"), self.products.error_at
             if error is not None and at != "output":
                 a = _QuantizeGrad.apply(a, error, error.key(a))
-            y = self._product(ops, a, w, None if at == "input" else error)
+            y = self._product(ops, a, w, stored, None if at == "input" else error)
             if bias is not None:
                 y = y + bias.to(y.dtype)
-            result = self.slots["result"] if "result" in self.slots else None
+            result = self.role("result")
             if result is not None:
                 y = result(y)
         return y.to(out_dtype)
 
-    def _product(self, ops: ProductOps, a: Tensor, w: Tensor, error: Quantizer | None) -> Tensor:
+    def _product(self, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor, error: Quantizer | None) -> Tensor:
         quant_a, quant_w = self.role("A"), self.role("W")
         qa, coded_a = quant_a.coded(a) if quant_a is not None else (a, None)
-        qw, coded_w = quant_w.coded(w) if quant_w is not None else (w, None)
+        qw, coded_w = w, None
+        if quant_w is not None:
+            qw, coded_w = quant_w.coded(w, quant_w.uniforms(w, quant_w.key(stored)))
         run = _Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
         keys: list[Tensor | None] = []
         for slot in run.draws:
-            keys.append(None if slot is None else slot.key(w if slot.weight else a))
+            keys.append(None if slot is None else slot.key(stored if slot.weight else a))
         return _Product.apply(qa, qw, a.detach(), w.detach(), run, *keys)
 
 
@@ -160,6 +180,8 @@ class _Run:
         self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
         self.samples = layer.products.grad_w.samples
         self.name = layer.name
+        self.plain = self.error is None and not any(self.overrides.values())
+        """Whether the backward pass is a function that autograd may differentiate again."""
         # one key for E, one for each override, one more for each further sample of grad_w
         self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
         left = self.overrides["grad_w", "left"]
@@ -195,6 +217,9 @@ class _Product(torch.autograd.Function):
         left = run.operand("out", "left", qa, a, run.coded["A"], by_slot)
         right = run.operand("out", "right", qw, w, run.coded["W"], by_slot)
         y = run.multiply("out", left, right)
+        for role, which in (("A", "grad_w"), ("W", "grad_a")):  # codes are kept only for products that run on them
+            if not isinstance(run.accumulators[which], Int32):
+                run.coded[role] = None
         keep_w = w if run.raw_needed("grad_a", "right") else qw
         keep_a = a if run.raw_needed("grad_w", "right") else qa
         ctx.run, ctx.count = run, len(keys)
@@ -203,7 +228,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,) = grads
+        if torch.is_grad_enabled() and not ctx.run.plain:
+            raise RuntimeError(f"{ctx.run.name}: the backward pass of a layer with a quantized gradient can't be "
+                               "differentiated again; leave create_graph out")  # fmt: skip
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Product.products(ctx, grads[0])
+
+    @staticmethod
+    def products(ctx: Any, e: Tensor) -> Any:
+        """`grad_a` and `grad_w`, where asked for."""
         run: _Run = ctx.run
         a, w, *keys = ctx.saved_tensors
         by_slot = dict(zip(run.slots, keys, strict=True))
@@ -225,7 +258,8 @@ class _Product(torch.autograd.Function):
             again = overrides[1] if overrides[1] is not None else run.error
             for i in range(1, run.samples if isinstance(again, Quantizer) else 1):
                 assert isinstance(again, Quantizer)
-                values, codes = again.quantize_coded(e, by_slot["sample", i])
+                with again.repeating(None if left.coded is None else left.coded.scale):
+                    values, codes = again.quantize_coded(e, by_slot["sample", i])
                 grad_w = grad_w + run.multiply("grad_w", Operand(values, codes, again), right)
             if run.samples > 1 and isinstance(again, Quantizer):
                 grad_w = grad_w / run.samples
@@ -324,9 +358,12 @@ class QEmbedding(Quantized, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         quant = self.quant.role("W")
-        weight = self.weight if quant is None else quant(self.weight)
-        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
-                           self.sparse)  # fmt: skip
+        if quant is None:
+            return super().forward(input)
+        if self.max_norm is not None:  # changes the table in place: before it is quantized
+            with torch.no_grad():
+                torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
+        return F.embedding(input, quant(self.weight), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 class QMatmul(Quantized, nn.Module):

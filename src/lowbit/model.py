@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import attention, layers
 from .control import Control, Left, control_of, find_control, layers_of, quantizers_of
@@ -85,6 +86,12 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
         else:
             model.__dict__[Control.ATTRIBUTE] = control
             undo.append(lambda: model.__dict__.pop(Control.ATTRIBUTE))
+        if recipe.loss_scale is not None:
+            undo.append(model.register_forward_hook(scale_outputs).remove)
+        if recipe.schedule:
+            undo.append(model.register_forward_pre_hook(follow_schedule).remove)
+        if recipe.steps:
+            undo.append(_snapshot(model))
         for step in recipe.steps:
             step.run(model, {i.name: i for i in items if i.quant is not None})
         return model
@@ -96,9 +103,12 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
     items, left = _items(model)
+    names = [i.name for i in items] + [entry.name for entry in left]
+    for rule in recipe.rules:
+        if not any(c in rule.name for c in "*?[") and rule.name not in names:
+            raise ValueError(f"a rule names {rule.name!r}, which this model lacks; {nearest(rule.name, names)}")
     numbered = [i.name for i in items if i.kind in ("linear", "conv")]
     ends = {"first": numbered[:1], "last": numbered[-1:]}
-    stages = tuple(s.roles or Roles() for s in recipe.schedule)
     for item in items:
         roles, products, rule_hit = recipe.roles, recipe.products, None
         for rule in recipe.rules:
@@ -112,14 +122,18 @@ def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
             reason = f"{item.kind!r} is not among the recipe's layers ({', '.join(recipe.layers)})"
         elif item.kind == "embedding":
             roles, products = Roles(W=roles.W, G=roles.G, U=roles.U), Products()
+        elif item.kind == "attention":
+            roles = Roles(A=roles.A, E=roles.E)  # both operands are activations
         if reason is None and not roles.named() and products == Products():
             reason = "a rule leaves it in float" if rule_hit is not None else "the recipe quantizes no role of it"
         if reason is not None:
             left.append(Left(item.name, type(item.module).__name__, reason))
             continue
         item.quant = LayerQuant(item.kind, item.name, roles, products, item.layouts, item.weight,
-                                stages if roles.named() else (), recipe.seed)  # fmt: skip
+                                recipe.schedule if roles.named() else (), recipe.seed, recipe.update.states)  # fmt: skip
         item.quant.train(item.module.training)
+        if (sample := next(item.module.parameters(), None)) is not None:
+            item.quant.to(sample.device)
     return items, left
 
 
@@ -219,11 +233,40 @@ def _restore(module: nn.Module, cls: type[nn.Module], *names: str) -> None:
         delattr(module, name)
 
 
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that brings back every module and the values of every tensor as they are now."""
+    modules = [(m, m.__class__, {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()})
+               for m in model.modules()]  # fmt: skip
+    values = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+
+    def restore() -> None:
+        for module, cls, state in modules:
+            module.__class__ = cls
+            for key in set(module.__dict__) - set(state):
+                del module.__dict__[key]
+            for key, value in state.items():
+                now = module.__dict__.get(key)
+                if isinstance(value, dict) and isinstance(now, dict):
+                    now.clear()
+                    now.update(value)
+                else:
+                    module.__dict__[key] = value
+        with torch.no_grad():
+            for tensor, value, learns in values:
+                if tensor.shape == value.shape:
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value
+                tensor.requires_grad_(learns)
+
+    return restore
+
+
 def penalty(model: nn.Module) -> Tensor:
     """The method's extra loss term, a scalar; 0 where it has none. Add it to the loss."""
     terms = [t for q in quantizers_of(model) if (t := q.penalty()) is not None]
     if terms:
-        return torch.stack([t.reshape(()) for t in terms]).sum()
+        return control_of(model).scaled(torch.stack([t.reshape(()) for t in terms]).sum())
     return torch.zeros((), device=next((p.device for p in model.parameters()), None))
 
 
@@ -280,6 +323,38 @@ def quantizer(name: str, role: str, **options: Any) -> Quantizer:
     if role not in named:
         raise ValueError(f"method {name!r} leaves role {role} in float; it quantizes {', '.join(named) or 'nothing'}")
     return Quantizer.make(named[role], layers.LINEAR.of(role), f"{name}.{role}", seed=recipe.seed)
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity whose gradient is multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale.to(grads[0].dtype), None
+
+
+def scale_outputs(model: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: the loss scale enters the backward pass at the model's outputs, once an optimizer is attached."""
+    control = control_of(model)
+    if not control.is_attached:
+        return output
+    scale = control.loss_scale.clone()
+
+    def scaled(x: Any) -> Any:
+        return _Scaled.apply(x, scale) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() else x
+
+    return tree_map(scaled, output)
+
+
+def follow_schedule(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook: the stage of the schedule holds from the first forward pass of its first step."""
+    set_stage(model)
 
 
 def set_stage(model: nn.Module) -> Stage | None:

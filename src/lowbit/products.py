@@ -199,5 +199,6 @@ def _spread(e: Tensor, stride: tuple[int, ...]) -> Tensor:
     if all(s == 1 for s in stride):
         return e
     out = e.new_zeros(*e.shape[:2], *((n - 1) * s + 1 for n, s in zip(e.shape[2:], stride, strict=True)))
-    out[(..., *(slice(None, None, s) for s in stride))] = e
+    every = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    out[every] = e
     return out

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -24,14 +26,17 @@ from torch import Tensor, nn
 
 from .backward import Backward, Coded, PassThrough
 from .blocks import Blocks, Layout, PerTensor
-from .formats import Format, Int
+from .formats import Even, Fixed, Float, Format, Int
 from .packing import PACKABLE, pack, unpack
-from .rng import Stream, stream_id
+from .rng import Stream, recall, remember, stream_id
 from .rounding import ROUNDINGS, Rounding
 from .scales import Average, History, Learned, Scale, Static
 from .serial import nearest, spec
 
-__all__ = ["QSpec", "QTensor", "Quantizer", "rank"]
+__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "rank"]
+
+CURRENT = -1
+"""In place of a weight's version: the present draw belongs to the weight as it is."""
 
 
 @spec
@@ -67,6 +72,10 @@ class QSpec:
         return self.rounding == "stochastic"
 
 
+SIGNED, UNSIGNED = 1, 2
+"""Values of `Quantizer.seen` once a learned scale has started: on `format` or on `unsigned`."""
+
+
 def rank() -> int:
     """This process's rank, 0 outside distributed training."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -75,6 +84,11 @@ def rank() -> int:
 def storage_bits(fmt: Format) -> int:
     """Bits one code takes in storage: 1, 2, 3, 4, 6 packed; 8, 16 and 32 as integers."""
     return next(b for b in (*PACKABLE, 32) if b >= fmt.bits)
+
+
+def _offset(fmt: Format) -> int:
+    """What makes the codes of a packed tensor non-negative."""
+    return 2 ** (storage_bits(fmt) - 1) if isinstance(fmt, (Int, Fixed)) and fmt.signed else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +121,8 @@ class QTensor:
         codes, bits = self.codes, storage_bits(self.format)
         if bits < 8:
             codes = unpack(codes, bits, self.count)
-            if isinstance(self.format, Int) and self.format.signed:
-                codes = codes.to(torch.int8) - 2 ** (bits - 1)
+            if offset := _offset(self.format):
+                codes = codes.to(torch.int8) - offset
         return codes.reshape(-1, self.count // max(1, self.scale.shape[0])) if self.count else codes
 
     def decode(self) -> Tensor:
@@ -134,7 +148,12 @@ class Quantizer(nn.Module):
     """
 
     kinds: ClassVar[dict[str, type[Quantizer]]] = {}
+    plain_sgd: ClassVar[bool] = False
+    """Whether `gradient` returns an update, which only SGD without momentum and decay carries out as it is."""
     spec: QSpec
+    seen: Tensor
+    tracked: Tensor
+    stream: Stream
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,7 +179,10 @@ class Quantizer(nn.Module):
         self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
         self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
         self.calibrating = False
-        self._seen: int | None = None  # version of the weight that the current draw belongs to
+        self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
+        self._drawn: int | None = None  # version of the weight that the current draw belongs to
+        self._source: weakref.ref[Tensor] | None = None  # that weight
+        self._calls: OrderedDict[int, Tensor] = OrderedDict()  # scales that an activation checkpoint may need again
         if spec.stochastic:
             self.stream = Stream(seed, stream_id(name))
         if isinstance(spec.scale, Learned):
@@ -168,7 +190,7 @@ class Quantizer(nn.Module):
                 raise ValueError(f"{name or spec.kind}: a Learned scale needs LearnedStep or LearnedClip, not "
                                  f"{type(spec.backward).__name__}")  # fmt: skip
             if like is None and not isinstance(spec.blocks, PerTensor):
-                raise ValueError(f"{name or spec.kind}: a Learned scale of an activation is per tensor; got {spec.blocks}")
+                raise ValueError(f"{name or spec.kind}: an activation's Learned scale is per tensor; got {spec.blocks}")
             count = 1 if like is None else spec.blocks.view(like, self.layout).shape[0]
             like = torch.empty(0) if like is None else like
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -176,7 +198,8 @@ class Quantizer(nn.Module):
         elif spec.backward.learns:
             raise ValueError(f"{name or spec.kind}: {type(spec.backward).__name__} needs a Learned scale")
         if isinstance(spec.scale, (Learned, Average, History)):
-            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # batches the state has taken in
+            # batches the state has taken in; of a learned scale 0, or the grid it started on
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         if isinstance(spec.scale, (Average, History)):
             self.register_buffer("tracked", torch.empty(0, 1))
 
@@ -189,12 +212,17 @@ class Quantizer(nn.Module):
     def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
         """Blocks `x (blocks, n)` on the grid, no gradient. `u`: uniforms like `x` for stochastic rounding, or None
         for the deterministic one."""
-        fmt = self.format_for(x)
         scale, zero = self.scale_for(x)
+        fmt = self.format_for(x)
         t = x / scale
         if zero is not None:
             t = t + zero
-        return Coded(fmt.snap(t, self.mode(u), u), scale, fmt, zero)
+        grid = fmt.snap(t, self.mode(u), u)
+        if isinstance(fmt, Even) and not isinstance(self.spec.scale, (Static, Learned, Average, History)):
+            # no level is zero: a block that vanished stays zero by its scale
+            gone = x.abs().amax(-1, keepdim=True) < torch.finfo(x.dtype).tiny
+            scale = torch.where(gone, torch.zeros_like(scale), scale)
+        return Coded(grid, scale, fmt, zero)
 
     @staticmethod
     def restore(coded: Coded) -> Tensor:
@@ -223,25 +251,35 @@ class Quantizer(nn.Module):
         return self.spec.eval_rounding if u is None else "stochastic"
 
     def format_for(self, x: Tensor) -> Format:
-        """The grid for this tensor: `unsigned` where given and no element is negative."""
-        if self.spec.unsigned is not None and not bool((x < 0).any()):
-            return self.spec.unsigned
-        return self.spec.format
+        """The grid for this tensor: `unsigned` where given and no element is negative. A learned scale belongs to one
+        grid, so there the tensor it started from decides."""
+        if self.spec.unsigned is None:
+            return self.spec.format
+        if isinstance(self.spec.scale, Learned) and bool(self.seen):
+            return self.spec.unsigned if int(self.seen) == UNSIGNED else self.spec.format
+        return self.spec.format if bool((x < 0).any()) else self.spec.unsigned
 
     def scale_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of blocks `x`, tracked or learned ones included; updates what is tracked."""
         how = self.spec.scale
         if isinstance(how, Learned):
-            if (self.training or self.calibrating) and not bool(self.seen):
+            first = (self.training or self.calibrating) and not bool(self.seen)
+            if first:
+                negative = self.spec.unsigned is None or _on_any_rank((x < 0).any())
+                self.seen.fill_(SIGNED if negative else UNSIGNED)
+            if (fmt := self.format_for(x)) is not self.spec.format:
+                how = dataclasses.replace(how, denominator=fmt.max)
+            if first:
                 with torch.no_grad():
                     self.learned.copy_(_mean_over_ranks(how.start(x)))
-                    self.seen.fill_(1)
             return how.step(self.learned.detach() if bool(self.seen) else how.start(x)).to(x.dtype), None
         if isinstance(how, (Average, History)):
             return self._track(how, x), None
         return how.compute(x)
 
     def _track(self, how: Average | History, x: Tensor) -> Tensor:
+        if self._repeated is not None:
+            return self._repeated.to(x.dtype)
         count = int(self.seen)
         old = self.tracked
         if count and old.shape[-1 if isinstance(how, History) else 0] and old.shape[0] != x.shape[0]:
@@ -249,6 +287,8 @@ class Quantizer(nn.Module):
                              f"{x.shape[0]}; use blocks whose number does not depend on the batch")  # fmt: skip
         if not (self.training or self.calibrating) and count:
             return self._summary(how, old).to(x.dtype)
+        if torch._C._current_graph_task_id() != -1 and (known := recall(self._calls)) is not None:
+            return known  # the second run of an activation checkpoint
         now, zero = how.inner.compute(x)
         if zero is not None:
             raise ValueError(f"{type(how).__name__} needs a symmetric inner scale")
@@ -259,9 +299,14 @@ class Quantizer(nn.Module):
         else:
             new = now if not count else torch.cat([old.to(now.dtype), now], -1)[:, -how.length :]
         use = old if how.before and count else new
-        self.tracked = new.detach()
-        self.seen += 1
-        return self._summary(how, use).to(x.dtype)
+        if bool(torch.isfinite(now).all()):
+            self.tracked = new.detach()
+            self.seen += 1
+        elif not how.before:
+            use = now  # shows in this result, but does not spoil those to come
+        scale = self._summary(how, use).to(x.dtype)
+        remember(self._calls, scale)
+        return scale
 
     @staticmethod
     def _summary(how: Average | History, tracked: Tensor) -> Tensor:
@@ -270,15 +315,33 @@ class Quantizer(nn.Module):
     # ---- use ---------------------------------------------------------------------------------------------------------
 
     def key(self, x: Tensor) -> Tensor | None:
-        """The random key for one use on `x`, or None where rounding is deterministic now."""
+        """The random key for one use on `x`, or None where rounding is deterministic now. A weight comes as the
+        parameter itself, or a view of it, so that its changes show; a weight that is computed is drawn at every use.
+        """
         if not (self.spec.stochastic and self.training):
             return None
         if not self.weight:
             return self.stream.next(rank())
-        if self._seen is None or self._seen != x._version:
-            self.stream.next(0)
-            self._seen = x._version
+        stored = x if x._base is None else x._base
+        if not isinstance(stored, nn.Parameter):  # computed for this use, by a parametrization for example
+            return self.stream.next(0)
+        if self._drawn == CURRENT:
+            self._drawn = stored._version
+        if self._drawn != stored._version:
+            self.stream.move()  # the second run of an activation checkpoint finds the version it needs here
+            self._drawn = stored._version
+        self._source = weakref.ref(stored)
         return self.stream.key.clone()
+
+    def redraw(self) -> None:
+        """Draw anew at the next use, for a weight that was changed behind autograd's back (by a fused optimizer)."""
+        self._drawn = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the weight of a copy counts its changes from 0: what carries over is whether the present draw still holds
+        source = None if self._source is None else self._source()
+        holds = self._drawn == CURRENT or (source is not None and source._version == self._drawn)
+        return self.__dict__ | {"_drawn": CURRENT if holds else None, "_source": None, "_calls": OrderedDict()}
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Real values on the grid, differentiable by the gradient rule; shape and dtype of `x`.
@@ -344,10 +407,19 @@ class Quantizer(nn.Module):
         codes, fmt = coded.format.codes(coded.grid).flatten(), coded.format
         bits = storage_bits(fmt)
         if bits < 8:
-            shift = 2 ** (bits - 1) if isinstance(fmt, Int) and fmt.signed else 0
-            codes = pack((codes.to(torch.int16) + shift).to(torch.uint8), bits)
+            codes = pack((codes.to(torch.int16) + _offset(fmt)).to(torch.uint8), bits)
         return QTensor(codes, coded.scale, coded.zero, coded.extra, self.spec, fmt, self.layout, x.shape,
                        coded.grid.numel(), x.dtype)  # fmt: skip
+
+    @contextlib.contextmanager
+    def repeating(self, scale: Tensor | None) -> Iterator[None]:
+        """Within the context a tracked scale is `scale` and takes in nothing: for further draws of the tensor that was
+        quantized with it. None changes nothing."""
+        self._repeated = scale if isinstance(self.spec.scale, (Average, History)) else None
+        try:
+            yield
+        finally:
+            self._repeated = None
 
     def uniforms(self, x: Tensor, key: Tensor | None) -> Tensor | None:
         """Uniforms in [0, 1) of the shape and dtype of `x` for `key`; None for None."""
@@ -388,6 +460,31 @@ class Quantizer(nn.Module):
 
 
 Quantizer.kinds["grid"] = Quantizer
+
+
+class Identity(Quantizer, kind="identity"):
+    """Every value stays as it is: for tests of products, and to measure a tensor without changing it. Codes are the
+    bits of float32, so float64 tensors that it doesn't hold can't be encoded."""
+
+    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+        return Coded(x, torch.ones_like(x[:, :1]), self.spec.format)
+
+    def encode(self, x: Tensor, u: Tensor | None = None) -> QTensor:
+        if x.dtype == torch.float64 and not torch.equal(x.float().double(), x):
+            raise ValueError("the identity's codes are float32 and don't hold this float64 tensor; use x.float()")
+        return super().encode(x, u)
+
+
+IDENTITY = QSpec(Float(8, 23), kind="identity")
+"""Quantizes nothing."""
+
+
+def _on_any_rank(flag: Tensor) -> bool:
+    # ranks see different batches and must settle on one grid
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

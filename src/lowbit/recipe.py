@@ -10,7 +10,7 @@ Five tensors are quantized: `W` weight, `A` activation, `E` error (gradient of a
 | `grad_w` | E    | A     | the weight gradient             |
 
 An operand without an override reuses the values of its role: W and A as quantized in the forward pass, E as quantized
-once for both backward products. An override quantizes that operand anew from the float tensor; `Keep()` leaves it float.
+once for both backward products. An override quantizes that operand anew from the float tensor; `Keep()` leaves it so.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class Update:
     states: QSpec | None = None
     """Grid of the optimizer's state (momentum), rounded after each step."""
     axpy: bool = False
-    """SGD as three updates, each rounded to the grid of U or of the state: g + decay * w, momentum * v + g, w - lr * v
-    (Wang et al. 2018). Needs torch.optim.SGD."""
+    """torch.optim.SGD as three updates, each rounded to the grid of U or of the state: g + decay * w, momentum * v + g,
+    w - lr * v (Wang et al. 2018). Any other optimizer steps as it is; then its state and the weights are rounded."""
     clip: float | None = None
     """Stored weights are clipped to ±clip after the step."""
     lr_scale: Literal["none", "glorot"] = "none"
@@ -178,7 +178,8 @@ class Update:
 @spec
 class LossScale:
     """The loss is multiplied by `value` in the backward pass and every gradient divided again before it is
-    accumulated, so the user's loop never sees it. With `growth_interval` the scale is dynamic: halved, and the step
+    accumulated, so the user's loop never sees it: the model's outputs multiply, its parameters and inputs divide. A
+    term of the loss that bypasses the outputs goes through `lowbit.penalty`. With `growth_interval` the scale is dynamic: halved, and the step
     skipped, when a gradient is not finite; doubled after that many good steps in a row."""
 
     value: float = 1000.0
@@ -200,6 +201,8 @@ class Stage:
     roles: Roles | None = None
     """Roles that replace the recipe's during the stage (only those given); each must have been float before or share
     its kind, see `model.attach`."""
+    result: QSpec | None = None
+    """Quantizer of the layer's output during the stage; None keeps `Products.result`."""
     lr: tuple[float, float] | None = None
     """(low, high): the learning rate climbs linearly from low to high at the middle of the stage and back."""
 
@@ -257,7 +260,7 @@ class Recipe:
             raise ValueError(f"not a recipe: {error}") from None
         version = data.pop("lowbit", None) if isinstance(data, dict) else None
         if version != VERSION:
-            raise ValueError(f"this is no recipe of version {VERSION} (found {version!r}); save it again with this version")
+            raise ValueError(f"this is no recipe of version {VERSION}: found {version!r}; save it again with this one")
         recipe = from_data(data)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"the file holds a {type(recipe).__name__}, not a Recipe")

@@ -96,15 +96,15 @@ class Stream(torch.nn.Module):
         if torch.compiler.is_compiling():
             return self._advance(rank)
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass
-            known = self._repeated()
-            return self._advance(rank) if known is None else known
+            known = recall(self._calls)
+            return self._advance(rank) if known is None else known.clone()
         key = self._advance(rank)
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is not None or not torch.is_grad_enabled():  # a checkpoint may run this again
-            self._calls[_tag()] = key.clone()
-            if len(self._calls) > REMEMBERED:
-                self._calls.popitem(last=False)
+        remember(self._calls, key.clone())
         return key
+
+    def move(self) -> Tensor:
+        """Advance without being remembered: for what a checkpoint's second run does not ask for again."""
+        return self._advance(0)
 
     def _advance(self, rank: int) -> Tensor:
         key = self.key.clone()
@@ -112,17 +112,6 @@ class Stream(torch.nn.Module):
         if rank:
             key[0] += _int64(rank * RANK_STRIDE)
         return key
-
-    def _repeated(self) -> Tensor | None:
-        """The key of the call that is being repeated; None in a call of the backward pass itself."""
-        if not self._calls:
-            return None
-        before = torch.get_rng_state()
-        known = self._calls.get(_tag())
-        if known is None:
-            torch.set_rng_state(before)
-            return None
-        return known.clone()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start without remembered calls
         return self.__dict__ | {"_calls": OrderedDict()}
@@ -142,6 +131,27 @@ class Stream(torch.nn.Module):
         )
         if prefix + "key" in missing_keys:
             missing_keys.remove(prefix + "key")
+
+
+def remember(calls: OrderedDict[int, Tensor], value: Tensor) -> None:
+    """Keep what a call used, where an activation checkpoint may run it again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None or not torch.is_grad_enabled():
+        calls[_tag()] = value
+        if len(calls) > REMEMBERED:
+            calls.popitem(last=False)
+
+
+def recall(calls: OrderedDict[int, Tensor]) -> Tensor | None:
+    """Within a backward pass: the value of the call that is being repeated; None in a call of the backward pass
+    itself."""
+    if not calls:
+        return None
+    before = torch.get_rng_state()
+    known = calls.get(_tag())
+    if known is None:
+        torch.set_rng_state(before)
+    return known
 
 
 def _tag() -> int:

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
+
+from typing_extensions import dataclass_transform
 
 __all__ = ["SPECS", "from_data", "nearest", "spec", "to_data"]
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .attention import PROJECTIONS, QMultiheadAttention
-from .control import Control, control_of
+from .control import Control, control_of, quantizers_of
 from .layers import LayerQuant, Quantized
 from .model import set_stage
 from .quantizer import Quantizer
@@ -65,7 +64,7 @@ def attach(model: nn.Module, optimizer: Any) -> Any:
         raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
     control = control_of(model)
     if control.is_attached:
-        raise ValueError("an optimizer is attached to this model already; make a fresh model and apply the recipe again")
+        raise ValueError("an optimizer is attached to this model already; apply the recipe to a fresh model")
     update = control.recipe.update
     stored = _stored(model, control)
     if update.axpy:
@@ -75,9 +74,7 @@ def attach(model: nn.Module, optimizer: Any) -> Any:
     inner.register_step_pre_hook(hooks.before)
     inner.register_step_post_hook(hooks.after)
     if control.recipe.loss_scale is not None:
-        _scale_loss(model, control)
-    if control.recipe.schedule:
-        model.register_forward_pre_hook(lambda module, args: set_stage(module) and None)
+        _divide_gradients(model, control)
     control.attached = id(control)
     return optimizer
 
@@ -90,7 +87,7 @@ def _stored(model: nn.Module, control: Control) -> list[Stored]:
     every = update.clip is not None or update.lr_scale != "none"
     staged = any(s.roles is not None and (s.roles.G or s.roles.U) for s in schedule)
 
-    def add(param: Any, part: slice, quant: LayerQuant, weight: nn.Parameter) -> None:
+    def add(param: Any, part: slice, quant: LayerQuant, weight: Any) -> None:
         has = every or staged or any(r in quant.slots for r in ("G", "U"))
         if isinstance(param, nn.Parameter) and param.requires_grad and (id(param), part.start) not in seen and has:
             seen.add((id(param), part.start))  # a tied weight is stepped once
@@ -114,10 +111,9 @@ def _stored(model: nn.Module, control: Control) -> list[Stored]:
                 if biases:
                     add(bias, rows, quant, weight)
         elif isinstance(module, Quantized) and getattr(module, "weight", None) is not None:
-            weight = module.weight  # type: ignore[attr-defined]
-            add(weight, whole, module.quant, weight)
+            add(module.weight, whole, module.quant, module.weight)
             if biases:
-                add(getattr(module, "bias", None), whole, module.quant, weight)
+                add(getattr(module, "bias", None), whole, module.quant, module.weight)
     return found
 
 
@@ -152,20 +148,8 @@ def _learned_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.add_param_group(group)
 
 
-def _scale_loss(model: nn.Module, control: Control) -> None:
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            return grads[0] * control.loss_scale.to(grads[0].dtype)
-
-    def scale(x: Any) -> Any:
-        return Scaled.apply(x) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() else x
-
-    model.register_forward_hook(lambda module, args, output: tree_map(scale, output) if control.is_attached else output)
+def _divide_gradients(model: nn.Module, control: Control) -> None:
+    # what `model.scale_outputs` multiplied by
     for p in model.parameters():
         if p.requires_grad:
             p.register_hook(lambda g: g / control.loss_scale.to(g.dtype))
@@ -178,6 +162,7 @@ class _Hooks:
                  stored: list[Stored]) -> None:  # fmt: skip
         self.model, self.control, self.stored = model, control, stored
         self.update, self.recipe = control.recipe.update, control.recipe
+        self.drawn = [q for q in quantizers_of(model) if q.weight and q.spec.stochastic]
         self.skipped = False
         self.before_step: list[Tensor] = []
         self.put_back: list[tuple[nn.Parameter, Tensor | None]] = []
@@ -192,7 +177,7 @@ class _Hooks:
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
-            raise ValueError("an attached optimizer steps without a closure: gradients must be complete before the step")
+            raise ValueError("an attached optimizer takes no closure: gradients must be complete before the step")
         set_stage(self.model)
         self.skipped = self._not_finite(optimizer)
         if self.skipped:
@@ -291,6 +276,8 @@ class _Hooks:
                     if isinstance(value, Tensor) and value.shape == entry.param.shape:
                         value[entry.part] = state.quantize(value[entry.part], _key(state))
         self.before_step = []
+        for drawn in self.drawn:
+            drawn.redraw()  # fused optimizers change weights without telling autograd
         self.control.step += 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from . import backends, uniform
+from . import backends
 
 __all__ = ["backends"]
 
@@ -18,5 +18,4 @@ __all__ = ["backends"]
 for _name in sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg):
     importlib.import_module(f"{__name__}.{_name}")
 
-backends.declare("lowbit::uniform", uniform.uniform_reference, {"cpu": "C++"})
 backends.load_compiled()

@@ -83,12 +83,13 @@ def compiled_isas() -> tuple[str, ...]:
 def backends() -> list[Backend]:
     """One row per operator, kind of device and implementation, in the operators' alphabetical order."""
     rows = []
+    isas = compiled_isas()
     for operator in sorted(_operators.values(), key=lambda o: o.name):
         for device in ("cpu", "cuda"):
             implementation = operator.kernels.get(device)
             active = implementation is not None and _has_kernel(operator.name, device)
-            if implementation == "C++" and active:
-                implementation = f"C++ {compiled_isas()[0]}"
+            if implementation == "C++" and active and isas:
+                implementation = f"C++ {isas[0]}"
             if implementation is not None:
                 reason = "" if active else _why_not(implementation, device)
                 rows.append(Backend(operator.name, device, implementation, active, reason))

@@ -16,6 +16,8 @@ from collections.abc import Sequence  # torch.library reads real annotations: no
 import torch
 from torch import Tensor
 
+from .backends import declare
+
 __all__ = ["philox", "uniform", "uniform_reference"]
 
 MASK = 0xFFFFFFFF
@@ -62,7 +64,20 @@ def _check(key: Tensor) -> None:
         raise ValueError(f"a key is int64 (seed, stream, step); got {key.dtype} of shape {tuple(key.shape)}")
 
 
-@torch.library.custom_op("lowbit::uniform", mutates_args=())
+_op = torch.library.custom_op(
+    "lowbit::uniform", uniform_reference, mutates_args=(), schema="(Tensor key, SymInt[] shape) -> Tensor"
+)
+
+
+@_op.register_fake
+def _(key: Tensor, shape: Sequence[int]) -> Tensor:
+    _check(key)
+    return key.new_empty(tuple(shape), dtype=torch.float32)
+
+
+declare("lowbit::uniform", uniform_reference, {"cpu": "C++"})
+
+
 def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     """Uniform random numbers in [0, 1).
 
@@ -76,10 +91,5 @@ def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: a key of another dtype or shape.
     """
-    return uniform_reference(key, shape)
-
-
-@uniform.register_fake
-def _(key: Tensor, shape: Sequence[int]) -> Tensor:
     _check(key)
-    return key.new_empty(tuple(shape), dtype=torch.float32)
+    return torch.ops.lowbit.uniform(key, list(shape))
