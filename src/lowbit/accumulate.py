@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backward import Coded
-from .blocks import PerChannel, PerRow, PerTensor
+from .blocks import PerChannel, PerGroup, PerRow, PerTensor, PerTile
 from .formats import Int
 from .ops.chunked import chunked_mm
 from .ops.int8_mm import int8_mm
@@ -43,7 +43,7 @@ def multiply(ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, l
         ValueError: an operand that the accumulator can't take.
     """
     function = getattr(ops, which)
-    if accumulator is None:
+    if accumulator is None or not left.values.numel() or not right.values.numel():
         return function(left.values, right.values)
     if isinstance(accumulator, Chunked):
         fmt = accumulator.format
@@ -53,19 +53,19 @@ def multiply(ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, l
             return chunked_mm(a.float(), b.float(), accumulator.chunk, fmt.exponent, fmt.mantissa, bias)
 
         return function(left.values, right.values, chunked).to(left.values.dtype)
-    if not left.values.numel() or not right.values.numel():
-        return function(left.values, right.values)
     where = f"{name}.{which}"
+    codes = _codes(left, where), _codes(right, where)
     scale = _scale(ops, which, "left", left, where) * _scale(ops, which, "right", right, where)
 
     def integer(a: Tensor, b: Tensor) -> Tensor:
-        return int8_mm(a.to(torch.int8), b.to(torch.int8), accumulator.split)
+        return int8_mm(a, b, accumulator.split)
 
-    sums = function(_codes(left, where), _codes(right, where), integer)
+    sums = function(*codes, integer)
     return sums.to(left.values.dtype) * scale
 
 
 def _codes(operand: Operand, where: str) -> Tensor:
+    """The operand's codes as int8, in its shape. NaN has none; the scale of its block is NaN and tells."""
     coded, q = operand.coded, operand.quantizer
     if coded is None or q is None or not isinstance(coded.format, Int) or coded.format.bits > 8 or coded.extra:
         raise ValueError(f"{where}: an int32 accumulator needs operands on an integer grid of at most 8 bits, set both "
@@ -74,18 +74,19 @@ def _codes(operand: Operand, where: str) -> Tensor:
         raise ValueError(f"{where}: an int32 accumulator needs symmetric grids; this one has a zero point")
     if coded.format.max > 127:
         raise ValueError(f"{where}: codes up to {coded.format.max:g} don't fit int8; use a signed grid")
-    return q.spec.blocks.unview(coded.grid, operand.values.shape, q.layout)
+    return q.spec.blocks.unview(coded.grid.to(torch.int8), operand.values.shape, q.layout)
 
 
 def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str) -> Tensor:
     """The operand's scale, shaped to multiply the product's result."""
-    _codes(operand, where)  # says what is wrong with the operand
     assert operand.coded is not None and operand.quantizer is not None
     scale, spec, shape = operand.coded.scale, operand.quantizer.spec, operand.values.shape
     if isinstance(spec.blocks, PerTensor):
         return scale.reshape(())
     legal = PerRow if (which, side) in (("out", "left"), ("out", "right"), ("grad_a", "left")) else PerChannel
-    if not isinstance(spec.blocks, legal):
+    alike = not isinstance(spec.blocks, (PerGroup, PerTile)) and (
+        spec.blocks.kept(len(shape), operand.quantizer.layout) == legal().kept(len(shape), operand.quantizer.layout))
+    if not alike:
         raise ValueError(f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks "
                          f"are {legal.__name__} or PerTensor; got {spec.blocks}")  # fmt: skip
     if isinstance(ops, LinearProduct):
@@ -98,8 +99,9 @@ def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str)
         return _conv_scale(ops, which, side, scale)
     assert isinstance(ops, MatmulProduct)
     if ops.a_shape[:-2] != ops.w_shape[:-2]:
-        raise ValueError(f"{where}: an attention product whose batch axes {tuple(ops.a_shape[:-2])} and "
-                         f"{tuple(ops.w_shape[:-2])} broadcast accumulates in int32 with PerTensor scales only")  # fmt: skip
+        batch = f"{tuple(ops.a_shape[:-2])} and {tuple(ops.w_shape[:-2])}"
+        raise ValueError(f"{where}: an attention product whose batch axes broadcast ({batch}) accumulates in int32 "
+                         "with PerTensor scales only")  # fmt: skip
     down = (which != "grad_w") == (side == "left")
     return scale.reshape(*shape[:-2], *((-1, 1) if down else (1, -1)))
 

@@ -5,6 +5,7 @@ the two products `scores = q k^T` and `context = softmax(scores) v`. Softmax sta
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,21 +36,33 @@ def scaled_dot_product_attention(
         (..., L, dv) in the type of `query`.
 
     Raises:
-        ValueError: both a mask and `is_causal`.
+        ValueError: both a mask and `is_causal`, or heads that can't be shared evenly.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("give attn_mask or is_causal, not both")
     if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = (query @ key.mT if scores is None else scores(query, key.mT)) * factor
+        key, value = (share_heads(t, query.shape[-3]) for t in (key, value))
     if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-    weights = F.dropout(_softmax(logits), dropout_p)
-    return (weights @ value if context is None else context(weights, value)).to(query.dtype)
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return attend(query, key, value, attn_mask, dropout_p, factor, scores, context)[0].to(query.dtype)
+
+
+def share_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (..., fewer heads, S, d), each repeated for its group of query heads."""
+    if heads % x.shape[-3]:
+        raise ValueError(f"{heads} query heads can't share {x.shape[-3]} heads of keys and values evenly")
+    return x.repeat_interleave(heads // x.shape[-3], -3)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, factor: float,
+           scores: QMatmul | None, context: QMatmul | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The two products with softmax and dropout between them; also the weights that multiply the values."""
+    logits = (query @ key.mT if scores is None else scores(query, key.mT)) * factor
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    weights = F.dropout(_softmax(logits), dropout_p).to(value.dtype)
+    return (weights @ value if context is None else context(weights, value)), weights
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -80,6 +93,16 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
         )
         return named | {"out_proj": (self.out_proj.weight, self.out_proj.bias)}
 
+    def grads(self) -> tuple[Tensor | None, ...]:
+        """Gradients of the four weights, in the order of `parts`."""
+        packed = self.in_proj_weight if self._qkv_same_embed_dim else None
+        qkv: tuple[Tensor | None, ...] = (None,) * 3
+        if packed is None:
+            qkv = (self.q_proj_weight.grad, self.k_proj_weight.grad, self.v_proj_weight.grad)
+        elif packed.grad is not None:
+            qkv = packed.grad.chunk(3)
+        return (*qkv, self.out_proj.weight.grad)
+
     def _project(self, name: str, x: Tensor, parts: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
         weight, bias = parts[name]
         if name not in self.projections:
@@ -97,27 +120,23 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         parts = self.parts()
         n, length, _ = query.shape
-        q, k, v = (self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, -1).transpose(1, 2)
+        q, k, v = (self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
                    for p, t in zip(PROJECTIONS[:3], (query, key, value), strict=True))  # fmt: skip
         mask = self._mask(attn_mask, key_padding_mask, n, q)
         if is_causal and attn_mask is None:
             raise ValueError("nn.MultiheadAttention needs attn_mask when is_causal is set, as PyTorch's own does")
-        scores = self.products["scores"] if "scores" in self.products else None
-        context = self.products["context"] if "context" in self.products else None
-        logits = (q @ k.mT if scores is None else scores(q, k.mT)) / math.sqrt(self.head_dim)
-        if mask is not None:
-            logits = logits + mask
-        weights = _softmax(logits)
-        dropped = F.dropout(weights, self.dropout, self.training)
-        y = dropped @ v if context is None else context(dropped, v)
+        scores: Any = self.products["scores"] if "scores" in self.products else None
+        context: Any = self.products["context"] if "context" in self.products else None
+        dropout = self.dropout if self.training else 0.0
+        y, weights = attend(q, k, v, mask, dropout, 1 / math.sqrt(self.head_dim), scores, context)
         y = self._project("out_proj", y.transpose(1, 2).reshape(n, length, self.embed_dim), parts)
-        if average_attn_weights:
-            weights = weights.mean(1)
-        if not batched:
-            y, weights = y.squeeze(0), weights.squeeze(0)
-        elif not self.batch_first:
+        y = y if batched else y.squeeze(0)
+        if batched and not self.batch_first:
             y = y.transpose(0, 1)
-        return y, weights if need_weights else None
+        if not need_weights:
+            return y, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return y, weights if batched else weights.squeeze(0)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, n: int, q: Tensor) -> Tensor | None:
         """PyTorch's two masks (True blocks) as one additive mask (N, heads or 1, L or 1, S)."""
@@ -137,6 +156,8 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
 
 def refusal(module: nn.MultiheadAttention) -> str | None:
     """Why a module can't be converted, if it can't."""
+    if type(module).forward is not nn.MultiheadAttention.forward:
+        return f"{type(module).__name__} overrides the forward of MultiheadAttention"
     if module.bias_k is not None or module.add_zero_attn:
         return "nn.MultiheadAttention with add_bias_kv or add_zero_attn has no quantized version"
     return None
@@ -145,6 +166,8 @@ def refusal(module: nn.MultiheadAttention) -> str | None:
 def convert(module: nn.MultiheadAttention, projections: dict[str, LayerQuant],
             products: dict[str, LayerQuant]) -> None:  # fmt: skip
     """Change `module` in place into a `QMultiheadAttention`."""
-    module.__class__ = QMultiheadAttention
+    cls = type(module)
+    plain = cls is nn.MultiheadAttention
+    module.__class__ = QMultiheadAttention if plain else type(f"Q{cls.__name__}", (QMultiheadAttention, cls), {})
     module.projections = nn.ModuleDict(projections)
     module.products = nn.ModuleDict({k: QMatmul(v) for k, v in products.items()})

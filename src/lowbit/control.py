@@ -25,20 +25,6 @@ class Left:
     reason: str
 
 
-class _Scaled(torch.autograd.Function):
-    """The identity; its gradient is multiplied by the loss scale, or divided by it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, control: Control, up: bool) -> Tensor:
-        ctx.control, ctx.up = control, up
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        scale = ctx.control.loss_scale.to(grads[0].dtype)
-        return grads[0] * scale if ctx.up else grads[0] / scale, None, None
-
-
 class Control(nn.Module):
     """Registered with the first converted layer, so its buffers are part of the model's `state_dict` and a
     `nn.Sequential` gets no extra member; a model without one carries it as a plain attribute."""
@@ -62,12 +48,6 @@ class Control(nn.Module):
     @property
     def is_attached(self) -> bool:
         return self.attached == id(self)
-
-    def scaled(self, x: Any, up: bool = True) -> Any:
-        """A tensor whose gradient carries the loss scale from here on (`up=False`: carries it no longer), once an
-        optimizer is attached; anything else as it is."""
-        active = self.is_attached and self.recipe.loss_scale is not None and isinstance(x, Tensor)
-        return _Scaled.apply(x, self, up) if active and x.requires_grad and x.is_floating_point() else x
 
     def stage(self) -> tuple[int | None, Stage | None]:
         """Index and stage of the schedule that holds at the present step; the last one that matches."""

@@ -26,7 +26,7 @@ from . import blocks as B
 from .accumulate import Operand, multiply
 from .backward import Coded
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
-from .quantizer import QSpec, Quantizer
+from .quantizer import QSpec, QTensor, Quantizer
 from .recipe import Int32, Keep, Products, Roles, Stage
 
 __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
@@ -85,7 +85,8 @@ class LayerQuant(nn.Module):
         self.kind, self.name, self.roles, self.products, self.layouts = kind, name, roles, products, layouts
         self.stage: int | None = None
         self.off: tuple[str, ...] = ()
-        self.frozen = False
+        self.stored: QTensor | None = None
+        """Codes that the weight was loaded from; they count until the layer is trained (`lowbit.load`)."""
         self.slots = nn.ModuleDict()
 
         def add(slot: str, role: str, spec: QSpec, which: str = "out") -> None:
@@ -118,7 +119,20 @@ class LayerQuant(nn.Module):
 
     def role(self, name: str) -> Quantizer | None:
         """The quantizer of a role at the present stage of the schedule; None is float."""
-        if name in self.off or (name == "W" and self.frozen):
+        return None if name == "W" and self.frozen else self._role(name)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight was loaded from codes and is on its grid: it is not quantized again."""
+        return self.stored is not None and not self.training
+
+    def train(self, mode: bool = True) -> LayerQuant:
+        if mode:
+            self.stored = None
+        return super().train(mode)
+
+    def _role(self, name: str) -> Quantizer | None:
+        if name in self.off:
             return None
         slots = self.slots
         staged = f"stage{self.stage}_{name}"
@@ -162,6 +176,9 @@ class LayerQuant(nn.Module):
         qw, coded_w = w, None
         if quant_w is not None:
             qw, coded_w = quant_w.coded(w, quant_w.uniforms(w, quant_w.key(stored)))
+        elif self.frozen and isinstance(self.products.out.accumulator, Int32):
+            assert self.stored is not None
+            quant_w, coded_w = self._role("W"), self.stored.coded()
         run = _Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
         keys: list[Tensor | None] = []
         for slot in run.draws:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import attention, layers
+from . import attention, huggingface, layers
 from .control import Control, Left, control_of, find_control, layers_of, quantizers_of
 from .layers import LayerQuant, Layouts
 from .quantizer import Quantizer
@@ -60,6 +60,12 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
         ValueError: a recipe was applied before, the recipe matches no layer, or a layer can't do what it asks. The
             model is as it was.
     """
+    convert(model, recipe)
+    return model
+
+
+def convert(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """As `apply`; returns what makes the model again what it was."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"apply needs a Recipe, got {type(recipe).__name__}; lowbit.create({str(recipe)!r}) makes one")
     if find_control(model) is not None:
@@ -88,17 +94,22 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
             undo.append(lambda: model.__dict__.pop(Control.ATTRIBUTE))
         if recipe.loss_scale is not None:
             undo.append(model.register_forward_hook(scale_outputs).remove)
+            undo.append(model.register_forward_pre_hook(unscale_inputs, with_kwargs=True).remove)
         if recipe.schedule:
             undo.append(model.register_forward_pre_hook(follow_schedule).remove)
         if recipe.steps:
             undo.append(_snapshot(model))
         for step in recipe.steps:
             step.run(model, {i.name: i for i in items if i.quant is not None})
-        return model
     except BaseException:
-        for action in reversed(undo):
-            action()
+        _take_back(undo)
         raise
+    return lambda: _take_back(undo)
+
+
+def _take_back(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
 
 
 def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
@@ -129,8 +140,9 @@ def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
         if reason is not None:
             left.append(Left(item.name, type(item.module).__name__, reason))
             continue
-        item.quant = LayerQuant(item.kind, item.name, roles, products, item.layouts, item.weight,
-                                recipe.schedule if roles.named() else (), recipe.seed, recipe.update.states)  # fmt: skip
+        stages = recipe.schedule if roles.named() else ()
+        item.quant = LayerQuant(item.kind, item.name, roles, products, item.layouts, item.weight, stages, recipe.seed,
+                                recipe.update.states)  # fmt: skip
         item.quant.train(item.module.training)
         if (sample := next(item.module.parameters(), None)) is not None:
             item.quant.to(sample.device)
@@ -145,6 +157,8 @@ def _items(model: nn.Module) -> tuple[list[Item], list[Left]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
+        if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise ValueError(f"the weight of {name!r} has no shape yet; run one batch through the model before apply")
         if isinstance(module, nn.MultiheadAttention):
             inside.add(id(module.out_proj))  # its weight is read by the attention module itself
             if why := attention.refusal(module):
@@ -156,6 +170,11 @@ def _items(model: nn.Module) -> tuple[list[Item], list[Left]]:
             for part in attention.PRODUCTS:
                 items.append(Item(_join(name, part), module, "attention", layers.MATMUL, None))
             continue
+        if huggingface.has_interface(module):
+            for part in attention.PRODUCTS:
+                items.append(Item(_join(name, part), module, "attention", layers.MATMUL, None))
+        elif why := huggingface.own_attention(module):
+            left.append(Left(name, type(module).__name__, why))
         found = _kind(module)
         if isinstance(found, str):
             left.append(Left(name, type(module).__name__, found))
@@ -199,13 +218,12 @@ def _swap(model: nn.Module, recipe: Recipe, undo: list[Callable[[], None]]) -> N
 
 
 def _convert(items: list[Item], undo: list[Callable[[], None]]) -> None:
-    grouped: dict[int, tuple[nn.MultiheadAttention, dict[str, LayerQuant], dict[str, LayerQuant]]] = {}
+    grouped: dict[int, tuple[nn.Module, dict[str, LayerQuant], dict[str, LayerQuant]]] = {}
     for item in items:
         if item.quant is None:
             continue
         module, before = item.module, item.module.__class__
         if item.convert is None:
-            assert isinstance(module, nn.MultiheadAttention)
             _, projections, products = grouped.setdefault(id(module), (module, {}, {}))
             (projections if item.kind == "linear" else products)[item.name.rsplit(".", 1)[-1]] = item.quant
             continue
@@ -213,6 +231,9 @@ def _convert(items: list[Item], undo: list[Callable[[], None]]) -> None:
         module.add_module("quant", item.quant)
         undo.append(lambda m=module, c=before: _restore(m, c, "quant"))  # type: ignore[misc]
     for module, projections, products in grouped.values():
+        if not isinstance(module, nn.MultiheadAttention):
+            huggingface.convert(module, products, undo)
+            continue
         before = module.__class__
         attention.convert(module, projections, products)
         undo.append(lambda m=module, c=before: _restore(m, c, "projections", "products"))  # type: ignore[misc]
@@ -221,10 +242,11 @@ def _convert(items: list[Item], undo: list[Callable[[], None]]) -> None:
 def _no_fast_path(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     # In evaluation nn.TransformerEncoderLayer may hand its raw weights to one fused operator, past the layers in it.
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            before = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
-            undo.append(lambda m=module, v=before: setattr(m, "activation_relu_or_gelu", v))  # type: ignore[misc]
+        for cls, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+                               (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
+            if isinstance(module, cls) and getattr(module, name, off) != off:
+                undo.append(lambda m=module, n=name, v=getattr(module, name): setattr(m, n, v))  # type: ignore[misc]
+                setattr(module, name, off)
 
 
 def _restore(module: nn.Module, cls: type[nn.Module], *names: str) -> None:
@@ -266,7 +288,7 @@ def penalty(model: nn.Module) -> Tensor:
     """The method's extra loss term, a scalar; 0 where it has none. Add it to the loss."""
     terms = [t for q in quantizers_of(model) if (t := q.penalty()) is not None]
     if terms:
-        return control_of(model).scaled(torch.stack([t.reshape(()) for t in terms]).sum())
+        return _scale(torch.stack([t.reshape(()) for t in terms]).sum(), control_of(model))
     return torch.zeros((), device=next((p.device for p in model.parameters()), None))
 
 
@@ -326,30 +348,69 @@ def quantizer(name: str, role: str, **options: Any) -> Quantizer:
 
 
 class _Scaled(torch.autograd.Function):
-    """The identity whose gradient is multiplied by `scale`."""
+    """The identity whose gradient is multiplied by `scale`, or divided."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, divide: bool) -> Tensor:
         ctx.save_for_backward(scale)
+        ctx.divide = divide
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
-        return grads[0] * scale.to(grads[0].dtype), None
+        scale = scale.to(grads[0].dtype)
+        return grads[0] / scale if ctx.divide else grads[0] * scale, None, None
+
+
+class _Unscale:
+    """Hook of a parameter: its gradient without the loss scale."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad / self.control.loss_scale.to(grad.dtype)
+
+
+def _scale(x: Any, control: Control, divide: bool = False) -> Any:
+    """A tensor whose gradient carries the loss scale from here on, or no longer; anything else as it is."""
+    if control.recipe.loss_scale is None or not control.is_attached:
+        return x
+    scale = control.loss_scale.clone()
+
+    def scaled(t: Any) -> Any:
+        floating = isinstance(t, Tensor) and t.requires_grad and t.is_floating_point()
+        return _Scaled.apply(t, scale, divide) if floating else t
+
+    return tree_map(scaled, x)
 
 
 def scale_outputs(model: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: the loss scale enters the backward pass at the model's outputs, once an optimizer is attached."""
+    return _scale(output, control_of(model))
+
+
+def unscale_inputs(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Forward pre-hook: the loss scale leaves the backward pass at the model's inputs and parameters."""
     control = control_of(model)
-    if not control.is_attached:
-        return output
-    scale = control.loss_scale.clone()
+    if not torch.is_grad_enabled() or not control.is_attached:
+        return None
+    if not torch.compiler.is_compiling():
+        unscale_parameters(model)  # those that were frozen until now
+    return _scale((args, kwargs), control, divide=True)
 
-    def scaled(x: Any) -> Any:
-        return _Scaled.apply(x, scale) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point() else x
 
-    return tree_map(scaled, output)
+def unscale_parameters(model: nn.Module) -> None:
+    """Divide the gradients of the parameters inside by the loss scale, each once."""
+    control = control_of(model)
+    for module in model.modules():
+        if unscale_inputs not in module._forward_pre_hooks.values():
+            continue
+        for p in module.parameters():
+            hooks = (p._backward_hooks or {}).values()
+            if p.requires_grad and not any(isinstance(h, _Unscale) and h.control is control for h in hooks):
+                p.register_hook(_Unscale(control))
 
 
 def follow_schedule(model: nn.Module, args: Any) -> None:

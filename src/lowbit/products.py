@@ -73,11 +73,11 @@ class MatmulProduct(ProductOps):
     def _mm(a: Tensor, b: Tensor, mm: MM | None) -> Tensor:
         if mm is None:
             return a @ b
+        if not a.numel() or not b.numel():
+            return a @ b
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         flat_a = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
         flat_b = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-        if not len(flat_a):
-            return a @ b
         parts = [mm(x, y) for x, y in zip(flat_a, flat_b, strict=True)]
         return torch.stack(parts).reshape(*batch, a.shape[-2], b.shape[-1])
 
@@ -174,13 +174,22 @@ class ConvTransposeProduct(ProductOps):
         return ConvProduct(self.out_shape, self.w_shape, self.stride, self.padding, self.dilation, self.groups)
 
     def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
-        return self.mirror.grad_a(a, w, mm)
+        return self.mirror.grad_a(self._fit(a), w, mm)
 
     def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
-        return self.mirror.out(e, w, mm)
+        inside = (slice(None), slice(None), *(slice(n) for n in self.a_shape[2:]))
+        return self.mirror.out(e, w, mm)[inside]
 
     def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
-        return self.mirror.grad_w(a, e, mm)
+        return self.mirror.grad_w(self._fit(a), e, mm)
+
+    def _fit(self, a: Tensor) -> Tensor:
+        """`a` padded with zeros to what the mirrored convolution gives, which an output padding as large as the stride
+        makes longer."""
+        more = [(o + 2 * p - d * (k - 1) - 1) // s + 1 - n for o, k, s, p, d, n in
+                zip(self.out_shape[2:], self.w_shape[2:], self.stride, self.padding, self.dilation, self.a_shape[2:],
+                    strict=True)]  # fmt: skip
+        return F.pad(a, [p for m in reversed(more) for p in (0, m)]) if any(more) else a
 
 
 def _count(shape: Sequence[int]) -> int:

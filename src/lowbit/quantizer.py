@@ -125,13 +125,16 @@ class QTensor:
                 codes = codes.to(torch.int8) - offset
         return codes.reshape(-1, self.count // max(1, self.scale.shape[0])) if self.count else codes
 
+    def coded(self) -> Coded:
+        """The blocks on their grid."""
+        grid = self.format.grid(self.integers(), self.scale.dtype)
+        return Coded(grid, self.scale, self.format, self.zero, self.extra)
+
     def decode(self) -> Tensor:
         """Real values, shape and dtype of the tensor that was encoded."""
         if self.shape.numel() == 0:
             return torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
-        grid = self.format.grid(self.integers(), self.scale.dtype)
-        kind = Quantizer.kinds[self.spec.kind]
-        real = kind.restore(Coded(grid, self.scale, self.format, self.zero, self.extra))
+        real = Quantizer.kinds[self.spec.kind].restore(self.coded())
         return self.spec.blocks.unview(real, self.shape, self.layout).to(self.dtype)
 
 

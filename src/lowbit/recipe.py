@@ -178,9 +178,10 @@ class Update:
 @spec
 class LossScale:
     """The loss is multiplied by `value` in the backward pass and every gradient divided again before it is
-    accumulated, so the user's loop never sees it: the model's outputs multiply, its parameters and inputs divide. A
-    term of the loss that bypasses the outputs goes through `lowbit.penalty`. With `growth_interval` the scale is dynamic: halved, and the step
-    skipped, when a gradient is not finite; doubled after that many good steps in a row."""
+    accumulated, so the user's loop never sees it: the model's outputs multiply, its parameters and inputs divide (so a
+    term of the loss that is made of parameters alone, past the model's outputs, would only be divided). With
+    `growth_interval` the scale is dynamic: halved, and the step skipped, when a gradient is not finite; doubled after
+    that many good steps in a row."""
 
     value: float = 1000.0
     growth_interval: int | None = None

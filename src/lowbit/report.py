@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .attention import QMultiheadAttention
 from .backward import Coded
 from .control import control_of, layers_of
 from .layers import LayerQuant, Quantized
 from .quantizer import Quantizer, watching
+from .recipe import Chunked
 
 __all__ = ["Report", "Row", "report"]
 
@@ -27,7 +29,8 @@ class Row:
     layer: str
     kind: str
     role: str
-    """W, A, E, G, U, `result`, or the operand of a product such as `grad_w_right`; `-` for a layer left in float."""
+    """W, A, E, G, U, `result`, `states` (of the optimizer), or the operand of a product such as `grad_w_right`; `-` for
+    a layer left in float."""
     format: str
     bits: float
     """Stored bits of an element, 32 for float."""
@@ -90,12 +93,14 @@ class Tally:
 
     def add(self, x: Tensor, q: Tensor, coded: Coded) -> None:
         x64, q64 = x.double(), q.double()
+        if coded.divisor is not None:
+            x64 = x64 / coded.divisor
         self.signal += float(x64.square().sum())
         self.noise += float((x64 - q64).square().sum())
         shift = 0 if coded.zero is None else coded.zero
         if not coded.extra:  # where the blocks were transformed, ends of the grid are not ends of x
             low, high = (coded.format.min - shift) * coded.scale, (coded.format.max - shift) * coded.scale
-            self.clipped += int(((x < low) | (x > high)).sum())
+            self.clipped += int(((x64 < low) | (x64 > high)).sum())
         self.zeroed += int(((q == 0) & (x != 0)).sum())
         self.count += x.numel()
         self.scale += float(coded.scale.double().mean())
@@ -129,13 +134,14 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
         for slot, quant in layer.slots.items():
             assert isinstance(quant, Quantizer)
             figures = tallies[name, slot].figures if (name, slot) in tallies else {}
-            note = "the same draw as A" if layer.kind == "attention" and slot == "W" else ""
+            note = "the right operand, as A" if layer.kind == "attention" and slot == "W" else ""
             rows.append(Row(name, layer.kind, slot, str(quant.spec.format), float(quant.spec.format.bits), note=note,
                             **figures))  # fmt: skip
         for which in ("out", "grad_a", "grad_w"):
             how = getattr(layer.products, which).accumulator
             if how is not None:
-                rows.append(Row(name, layer.kind, which, "accumulator", 32.0, note=str(how)))
+                bits = float(how.format.bits) if isinstance(how, Chunked) else 32.0
+                rows.append(Row(name, layer.kind, which, "accumulator", bits, note=str(how)))
     rows += [Row(left.name, "other", "-", "float", 32.0, note=f"{left.type}: {left.reason}") for left in control.left]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     place = {name: order.get(name, order.get(name.rsplit(".", 1)[0], 0)) for name in (r.layer for r in rows)}
@@ -162,16 +168,15 @@ def _measure(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None)
                 total = torch.stack([t.float().square().mean() for t in parts]).sum() if parts else None
             else:
                 total = loss(output)
+            control = control_of(twin)
+            scale = 1.0 if control.recipe.loss_scale is None else float(control.loss_scale)
             if total is not None and total.requires_grad:
-                total.backward()
-            _gradients(twin)
+                (total * scale).backward()
+            _gradients(twin, scale)
         else:
             twin.eval()
-            for module in twin.modules():
-                if isinstance(module, Quantized) and "W" in getattr(module.quant, "slots", {}):
-                    weight = getattr(module, "weight", None)
-                    if isinstance(weight, Tensor):
-                        _run_weight(module.quant, weight)
+            for quant, weight, _ in _weights(twin):
+                _run_weight(quant, weight)
     return tallies
 
 
@@ -179,6 +184,17 @@ def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[LayerQuant, Tensor, Tensor | None]]:
+    """Every converted weight, or part of a packed one, with its quantizers and its gradient."""
+    for module in model.modules():
+        if isinstance(module, QMultiheadAttention):
+            for (name, (weight, _)), grad in zip(module.parts().items(), module.grads(), strict=True):
+                if name in module.projections:
+                    yield module.projections[name], weight.detach(), grad  # type: ignore[misc]
+        elif isinstance(module, Quantized) and isinstance(own := getattr(module, "weight", None), Tensor):
+            yield module.quant, own.detach(), own.grad if own.is_leaf else None
 
 
 @torch.no_grad()
@@ -189,11 +205,9 @@ def _run_weight(layer: LayerQuant, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def _gradients(model: nn.Module) -> None:
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, Quantized) and isinstance(weight, Tensor):
-            if (quant := module.quant.role("G")) is not None and weight.grad is not None:
-                quant.gradient(weight.grad, 1.0, quant.stream.next() if quant.spec.stochastic else None)
-            if (quant := module.quant.role("U")) is not None:
-                quant.quantize(weight.detach(), quant.stream.next() if quant.spec.stochastic else None)
+def _gradients(model: nn.Module, loss_scale: float) -> None:
+    for layer, weight, grad in _weights(model):
+        if (quant := layer.role("G")) is not None and grad is not None:
+            quant.gradient(grad / loss_scale, 1.0, quant.stream.next() if quant.spec.stochastic else None)
+        if (quant := layer.role("U")) is not None:
+            quant.quantize(weight, quant.stream.next() if quant.spec.stochastic else None)

@@ -46,6 +46,9 @@ class Static(Scale):
     scale: float = 1.0
     zero: float = 0.0
 
+    def __post_init__(self) -> None:
+        _positive("a Static scale", self.scale)
+
     def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         scale = torch.full((x.shape[0], 1), self.scale, dtype=x.dtype, device=x.device)
         return scale, torch.full_like(scale, self.zero) if self.zero else None
@@ -82,8 +85,10 @@ class MinMax(Scale):
         if self.zero == "code":
             low, high = low.clamp(max=0), high.clamp(min=0)
         # a constant block has no range: then its own magnitude is the step, and it stays exact
-        scale = high - low
-        scale = _safe(torch.where(scale == 0, high.abs(), scale / self.denominator))
+        span = high - low
+        step = span / self.denominator
+        step = torch.where(span.isinf(), high / self.denominator - low / self.denominator, step)  # overflowed
+        scale = _safe(torch.where(span == 0, high.abs(), step))
         zero = -low / scale
         return scale, zero.round().clamp(0, self.denominator) if self.zero == "code" else zero
 
@@ -146,14 +151,19 @@ class Moments(Scale):
 
     def clip(self, x: Tensor) -> Tensor:
         """The clip value `(blocks, 1)`."""
+        ratio, peak = self._ratio(x)
+        return ratio * peak
+
+    def _ratio(self, x: Tensor) -> tuple[Tensor, Tensor]:
         magnitude = x.abs()
         peak = magnitude.amax(-1, keepdim=True)
         unit = magnitude / _safe(peak)  # squares of tiny or huge values neither vanish nor overflow
         clip = self.c1 * unit.square().mean(-1, keepdim=True).sqrt() - self.c2 * unit.mean(-1, keepdim=True)
-        return torch.where(clip <= 0, torch.ones_like(clip), clip) * peak
+        return torch.where(clip <= 0, torch.ones_like(clip), clip), peak
 
     def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _safe(self.clip(x) / self.denominator), None
+        ratio, peak = self._ratio(x)
+        return _safe(ratio / self.denominator * peak), None
 
 
 SAWB: dict[tuple[str, int], tuple[float, float]] = {
@@ -212,7 +222,9 @@ class Microscale(Scale):
             raise ValueError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('floor', 'ceil', 'even'))}")
 
     def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return mx_scale(x.abs().amax(-1, keepdim=True), self.emax, self.mode, self.mantissa), None
+        amax = x.abs().amax(-1, keepdim=True)
+        # E8M0 has no infinity: such a block is NaN
+        return mx_scale(amax.masked_fill(amax.isinf(), torch.nan), self.emax, self.mode, self.mantissa), None
 
 
 @spec

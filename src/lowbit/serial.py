@@ -18,6 +18,8 @@ __all__ = ["SPECS", "from_data", "nearest", "spec", "to_data"]
 
 SPECS: dict[str, type] = {}
 """Name of every class that a recipe file may contain."""
+TAG = "spec"
+"""Key of the class name in the data; no field of a specification may have this name."""
 
 T = TypeVar("T")
 
@@ -50,13 +52,13 @@ def to_data(value: Any) -> Any:
         name = type(value).__name__
         if SPECS.get(name) is not type(value):
             raise TypeError(f"{name} is not a registered specification; decorate it with lowbit.serial.spec")
-        return {"type": name} | {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {TAG: name} | {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [to_data(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): to_data(v) for k, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
-        return {"type": "float", "value": repr(value)}  # JSON has no infinity
+        return {TAG: "float", "value": repr(value)}  # JSON has no infinity
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{value!r} ({type(value).__name__}) is no plain value and can't go into a recipe")
@@ -70,7 +72,7 @@ def from_data(data: Any) -> Any:
     """
     if isinstance(data, Mapping):
         fields = dict(data)
-        name = fields.pop("type", None)
+        name = fields.pop(TAG, None)
         if name is None:
             return {k: from_data(v) for k, v in fields.items()}
         if name == "float":

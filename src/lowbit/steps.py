@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from .control import control_of
 from .recipe import Step
 from .serial import spec
+from .update import stored
 
-__all__ = ["Spread"]
+__all__ = ["Spread", "StoreOnGrid"]
 
 
 @spec
@@ -31,3 +33,17 @@ class Spread(Step):
             peak = weight.abs().amax()
             if bool(peak > 0):
                 weight.div_(peak).mul_(self.high)  # in this order the largest is `high` exactly
+
+
+@spec
+class StoreOnGrid(Step):
+    """Trained weights, and biases with `Update.biases`, go to the nearest value of the grid of role U, where every
+    update leaves them: for methods without a float master copy."""
+
+    @torch.no_grad()
+    def run(self, model: Any, layers: Mapping[str, Any]) -> None:
+        for entry in stored(model, control_of(model)):
+            grid = entry.slot("U")
+            if grid is not None:
+                part = entry.param[entry.part]
+                part.copy_(grid.quantize(part))

@@ -6,6 +6,7 @@ No pickle: a file from a stranger holds numbers and the names of this library's 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -17,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .attention import PROJECTIONS, QMultiheadAttention
 from .control import control_of, layers_of
 from .formats import Format
-from .layers import Quantized
-from .model import apply
+from .layers import LayerQuant, Quantized
+from .model import convert
 from .quantizer import QTensor, Quantizer
 from .recipe import Recipe
 from .serial import from_data, to_data
@@ -31,15 +33,47 @@ VERSION = "1"
 FIELDS = ("codes", "scale", "zero")
 
 
-def _packed(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
-    """Parameters stored as codes: name of the parameter, its quantizer and its values."""
-    found: dict[str, tuple[Quantizer, Tensor]] = {}
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One weight, or the rows of one that PyTorch packs with others, that is stored as codes."""
+
+    param: str
+    """Name of the parameter in the model's `state_dict`."""
+    rows: slice
+    layer: LayerQuant
+    quant: Quantizer
+
+
+def _packed(model: nn.Module) -> dict[str, Packed]:
+    """What is stored as codes, by the name it has in the file."""
+    found: dict[str, Packed] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Quantized) and isinstance(getattr(module, "quant", None), nn.Module):
-            quant = module.quant.role("W")
-            weight = getattr(module, "weight", None)
-            if quant is not None and isinstance(weight, nn.Parameter):
-                found[f"{name}.weight" if name else "weight"] = (quant, weight)
+        prefix = f"{name}." if name else ""
+        if isinstance(module, QMultiheadAttention):
+            found |= _packed_attention(prefix, module)
+        elif isinstance(module, Quantized) and isinstance(module._parameters.get("weight"), nn.Parameter):  # type: ignore
+            quant = module.quant._role("W")
+            if quant is not None:
+                found[f"{prefix}weight"] = Packed(f"{prefix}weight", slice(None), module.quant, quant)
+    return found
+
+
+def _packed_attention(prefix: str, module: QMultiheadAttention) -> dict[str, Packed]:
+    layers: dict[str, Any] = dict(module.projections.items())
+    quants = {k: q for k, v in layers.items() if (q := v._role("W")) is not None}
+    found: dict[str, Packed] = {}
+    for i, name in enumerate(PROJECTIONS):
+        if name not in quants:
+            continue
+        if name == "out_proj" or not module._qkv_same_embed_dim:
+            param = key = f"{prefix}out_proj.weight" if name == "out_proj" else f"{prefix}{name}_weight"
+            rows = slice(None)
+        elif set(PROJECTIONS[:3]) <= set(quants):  # all of the packed parameter, or none of it
+            param, key = f"{prefix}in_proj_weight", f"{prefix}in_proj_weight.{name}"
+            rows = slice(i * module.embed_dim, (i + 1) * module.embed_dim)
+        else:
+            continue
+        found[key] = Packed(param, rows, layers[name], quants[name])
     return found
 
 
@@ -47,7 +81,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the model that evaluation would run: codes of its quantized weights, the rest in float.
 
     The folder is made if needed; files are written beside their place and renamed, so an interrupted save leaves the
-    old ones. Weights of attention projections, and those of layers with a tied weight, are stored in float.
+    old ones. A weight that is tied to another parameter is stored in float.
 
     Returns:
         The folder.
@@ -57,12 +91,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     control = control_of(model)
     was_training = {m: m.training for m in model.modules()}
+    stored = {layer: layer.stored for layer in layers_of(model).values()}
     model.eval()
     try:
         tensors, coded = _collect(model)
     finally:
         for module, mode in was_training.items():
             module.training = mode
+        for layer, codes in stored.items():
+            layer.stored = codes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"lowbit": VERSION, "coded": json.dumps(coded)}
@@ -75,16 +112,16 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = model.state_dict()
     shared: dict[int, int] = {}
     for tensor in state.values():
-        shared[tensor.data_ptr()] = shared.get(tensor.data_ptr(), 0) + 1
-    packed = {n: p for n, p in _packed(model).items() if n in state and shared[state[n].data_ptr()] == 1}
-    tensors: dict[str, Tensor] = {}
+        if tensor.numel():
+            shared[tensor.data_ptr()] = shared.get(tensor.data_ptr(), 0) + 1
+    alone = {k for k, v in state.items() if shared.get(v.data_ptr(), 1) == 1}
+    packed = {n: p for n, p in _packed(model).items() if p.param in alone}
+    gone = {p.param for p in packed.values()}
+    tensors = {k: v.detach().clone().contiguous() for k, v in state.items() if k not in gone}
     coded: dict[str, Any] = {}
-    for name, tensor in state.items():
-        if name not in packed:
-            tensors[name] = tensor.detach().clone().contiguous()
-            continue
-        quant, weight = packed[name]
-        q = quant.encode(weight.detach())
+    for name, entry in packed.items():
+        q = entry.layer.stored if entry.layer.frozen else None
+        q = entry.quant.encode(state[entry.param][entry.rows].detach()) if q is None else q
         parts = {"codes": q.codes, "scale": q.scale} | ({} if q.zero is None else {"zero": q.zero}) | dict(q.extra)
         tensors |= {f"{name}:{k}": v.contiguous() for k, v in parts.items()}
         coded[name] = {"format": to_data(q.format), "count": q.count, "shape": list(q.shape),
@@ -130,31 +167,51 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         coded = json.loads(metadata["coded"])
     except (KeyError, json.JSONDecodeError):
         raise ValueError(f"{folder / 'model.safetensors'} lacks its table of codes") from None
-    apply(model, recipe)
-    packed = _packed(model)
-    for name, entry in coded.items():
-        if name not in packed:
-            raise ValueError(f"{name} is stored as codes, but this model has no quantized weight of that name")
-        tensors[name] = _decode(name, entry, tensors, packed[name])
-    _take(model, tensors)
-    for layer in layers_of(model).values():
-        layer.frozen = False
-    for name, module in model.named_modules():
-        if isinstance(module, Quantized) and (f"{name}.weight" if name else "weight") in coded:
-            module.quant.frozen = True
+    undo = convert(model, recipe)
+    try:
+        _fill(model, tensors, coded)
+    except BaseException:
+        undo()
+        raise
     return model.eval()
 
 
-def _decode(name: str, entry: Any, tensors: dict[str, Tensor], slot: tuple[Quantizer, Tensor]) -> Tensor:
-    quant, weight = slot
+def _fill(model: nn.Module, tensors: dict[str, Tensor], coded: dict[str, Any]) -> None:
+    packed = _packed(model)
+    stored: dict[str, QTensor] = {}
+    own = model.state_dict()
+    whole: dict[str, Tensor] = {}
+    for name, entry in coded.items():
+        if name not in packed:
+            raise ValueError(f"{name} is stored as codes, but this model has no quantized weight of that name")
+        place = packed[name]
+        target = own[place.param]
+        q = stored[name] = _read(name, entry, tensors, place, target[place.rows])
+        whole.setdefault(place.param, torch.empty_like(target))[place.rows] = _decode(name, q)
+    for param in whole:
+        if missing := [n for n, p in packed.items() if p.param == param and n not in coded]:
+            raise ValueError(f"the file lacks {missing[0]}")
+    _take(model, tensors | whole)
+    for name, q in stored.items():
+        packed[name].layer.stored = q
+
+
+def _read(name: str, entry: Any, tensors: dict[str, Tensor], place: Packed, weight: Tensor) -> QTensor:
     try:
         fmt = from_data(entry["format"])
         if not isinstance(fmt, Format) or list(weight.shape) != list(entry["shape"]):
             raise ValueError(f"shape {entry['shape']} in the file, {list(weight.shape)} in the model")
-        count, extra = int(entry["count"]), {k: tensors.pop(f"{name}:{k}") for k in entry["extra"]}
+        extra = {k: tensors.pop(f"{name}:{k}") for k in entry["extra"]}
         codes, scale = tensors.pop(f"{name}:codes"), tensors.pop(f"{name}:scale")
         zero = tensors.pop(f"{name}:zero", None)
-        q = QTensor(codes, scale, zero, extra, quant.spec, fmt, quant.layout, weight.shape, count, weight.dtype)
+        return QTensor(codes, scale, zero, extra, place.quant.spec, fmt, place.quant.layout, weight.shape,
+                       int(entry["count"]), weight.dtype)  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"can't read {name}: {error}") from None
+
+
+def _decode(name: str, q: QTensor) -> Tensor:
+    try:
         return q.decode()
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"can't decode {name}: {error}") from None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import PROJECTIONS, QMultiheadAttention
 from .control import Control, control_of, quantizers_of
 from .layers import LayerQuant, Quantized
-from .model import set_stage
+from .model import set_stage, unscale_parameters
 from .quantizer import Quantizer
 
 __all__ = ["attach"]
@@ -39,7 +39,7 @@ class Stored:
     """The layer's weight, also where `param` is its bias; its shape gives the Glorot bound."""
 
     def slot(self, role: str) -> Quantizer | None:
-        """The quantizer of G or U; both work in the type of the parameter."""
+        """The quantizer of G, U or `states`; all work in the type of the parameter."""
         return self.quant.role(role)
 
 
@@ -66,20 +66,21 @@ def attach(model: nn.Module, optimizer: Any) -> Any:
     if control.is_attached:
         raise ValueError("an optimizer is attached to this model already; apply the recipe to a fresh model")
     update = control.recipe.update
-    stored = _stored(model, control)
-    if update.axpy:
-        _check_sgd(inner, stored)
+    entries = stored(model, control)
+    axpy = update.axpy and isinstance(inner, torch.optim.SGD)
+    _check_sgd(inner, entries, axpy)
     _learned_groups(model, inner)
-    hooks = _Hooks(model, control, inner, stored)
+    hooks = _Hooks(model, control, entries, axpy)
     inner.register_step_pre_hook(hooks.before)
     inner.register_step_post_hook(hooks.after)
     if control.recipe.loss_scale is not None:
-        _divide_gradients(model, control)
+        unscale_parameters(model)
     control.attached = id(control)
     return optimizer
 
 
-def _stored(model: nn.Module, control: Control) -> list[Stored]:
+def stored(model: nn.Module, control: Control) -> list[Stored]:
+    """Every trained weight, and bias where the recipe says so, that the optimizer's step treats specially."""
     found: list[Stored] = []
     seen: set[tuple[int, int | None]] = set()
     update, schedule = control.recipe.update, control.recipe.schedule
@@ -117,12 +118,14 @@ def _stored(model: nn.Module, control: Control) -> list[Stored]:
     return found
 
 
-def _check_sgd(optimizer: torch.optim.Optimizer, stored: list[Stored]) -> None:
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(f"this recipe updates weights as SGD does and needs torch.optim.SGD; got "
+def _check_sgd(optimizer: torch.optim.Optimizer, entries: list[Stored], axpy: bool) -> None:
+    plain = any("G" in e.quant.slots and e.quant.slots["G"].plain_sgd for e in entries)
+    if plain and not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(f"this recipe's gradients are finished updates: they need torch.optim.SGD, not "
                          f"{type(optimizer).__name__}")  # fmt: skip
+    refused = ("momentum", "weight_decay") if plain else ("dampening", "nesterov", "maximize") if axpy else ()
     for group in optimizer.param_groups:
-        for name in ("dampening", "nesterov", "maximize"):
+        for name in refused:
             if group[name]:
                 raise ValueError(f"this recipe's update has no {name}; make SGD without it (got {group[name]})")
 
@@ -148,31 +151,17 @@ def _learned_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.add_param_group(group)
 
 
-def _divide_gradients(model: nn.Module, control: Control) -> None:
-    # what `model.scale_outputs` multiplied by
-    for p in model.parameters():
-        if p.requires_grad:
-            p.register_hook(lambda g: g / control.loss_scale.to(g.dtype))
-
-
 class _Hooks:
     """The two hooks of one optimizer."""
 
-    def __init__(self, model: nn.Module, control: Control, optimizer: torch.optim.Optimizer,
-                 stored: list[Stored]) -> None:  # fmt: skip
-        self.model, self.control, self.stored = model, control, stored
+    def __init__(self, model: nn.Module, control: Control, entries: list[Stored], axpy: bool) -> None:
+        self.model, self.control, self.stored, self.axpy = model, control, entries, axpy
         self.update, self.recipe = control.recipe.update, control.recipe
         self.drawn = [q for q in quantizers_of(model) if q.weight and q.spec.stochastic]
         self.skipped = False
         self.before_step: list[Tensor] = []
         self.put_back: list[tuple[nn.Parameter, Tensor | None]] = []
         self.rates: list[tuple[dict[str, Any], Any]] = []
-        self.streams = nn.ModuleDict()
-        if self.update.states is not None:
-            for i, entry in enumerate(stored):
-                self.streams[str(i)] = Quantizer.make(
-                    self.update.states, entry.quant.layouts.W, f"{entry.quant.name}.state.{i}", seed=self.recipe.seed)
-            control.states = self.streams  # their random streams are part of the state_dict
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,7 +180,7 @@ class _Hooks:
                 grad.copy_(quant.gradient(grad, float(group["lr"]), _key(quant)))
         if self.update.lr_scale == "glorot":
             self.before_step = [e.param[e.part].clone() for e in self.stored]
-        if self.update.axpy:
+        if self.axpy:
             self._axpy(optimizer, groups)
 
     def _not_finite(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -226,29 +215,31 @@ class _Hooks:
 
     def _axpy(self, optimizer: torch.optim.Optimizer, groups: dict[int, dict[str, Any]]) -> None:
         """g <- R(g + decay * w); v <- R(momentum * v + g); w <- R(w - lr * v). The optimizer then skips w."""
-        done: set[int] = set()
-        for i, entry in enumerate(self.stored):
-            p, group, weight = entry.param, groups.get(id(entry.param)), entry.slot("U")
-            if group is None or p.grad is None or weight is None:
+        parts: dict[int, list[tuple[slice, Quantizer | None, Quantizer | None]]] = {}
+        for entry in self.stored:
+            if (weight := entry.slot("U")) is not None:
+                parts.setdefault(id(entry.param), []).append((entry.part, weight, entry.slot("states") or weight))
+        params = {id(e.param): e.param for e in self.stored}
+        for key, rounded in parts.items():
+            p, group = params[key], groups.get(key)
+            if group is None or p.grad is None:
                 continue
-            state: Any = self.streams[str(i)] if str(i) in self.streams else weight
-            w, g, lr = p[entry.part], p.grad[entry.part], float(group["lr"])
-            if group["weight_decay"]:
-                g = state.quantize(g + group["weight_decay"] * w, _key(state))
-            if group["momentum"]:
+            decay, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
+            memory = None
+            if momentum:
                 memory = optimizer.state[p].get("momentum_buffer")
                 if memory is None:
                     memory = optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                v = state.quantize(group["momentum"] * memory[entry.part] + g, _key(state))
-                memory[entry.part] = v
-                g = v
-            p[entry.part] = weight.quantize(w - lr * g, _key(weight))
-            done.add(id(p))
-        for entry in self.stored:
-            p = entry.param
-            if id(p) in done and p.grad is not None:
-                self.put_back.append((p, p.grad))
-                p.grad = None
+            for part, weight, state in rounded + _rest(p, [r[0] for r in rounded]):
+                w, g = p[part], p.grad[part]
+                if decay:
+                    g = _round(state, g + decay * w)
+                if memory is not None:
+                    g = _round(state, momentum * memory[part] + g)
+                    memory[part] = g
+                p[part] = _round(weight, w - lr * g)
+            self.put_back.append((p, p.grad))
+            p.grad = None
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -260,7 +251,10 @@ class _Hooks:
         self.rates, self.put_back = [], []
         if self.skipped:
             return
+        groups = {id(p) for g in optimizer.param_groups for p in g["params"]}
         for i, entry in enumerate(self.stored):
+            if id(entry.param) not in groups:  # another optimizer's
+                continue
             w = entry.param[entry.part]
             if self.update.lr_scale == "glorot":
                 old = self.before_step[i]
@@ -269,12 +263,12 @@ class _Hooks:
                 w.clamp_(-self.update.clip, self.update.clip)
             quant = entry.slot("U")
             if quant is not None and id(entry.param) not in axpy:
-                w.copy_(quant.quantize(w, _key(quant)))
-            if self.update.states is not None and id(entry.param) not in axpy:
-                state: Any = self.streams[str(i)]
+                w.copy_(_round(quant, w))
+            state = entry.slot("states")
+            if state is not None and id(entry.param) not in axpy:
                 for value in optimizer.state[entry.param].values():
                     if isinstance(value, Tensor) and value.shape == entry.param.shape:
-                        value[entry.part] = state.quantize(value[entry.part], _key(state))
+                        value[entry.part] = _round(state, value[entry.part])
         self.before_step = []
         for drawn in self.drawn:
             drawn.redraw()  # fused optimizers change weights without telling autograd
@@ -284,6 +278,20 @@ class _Hooks:
 def _key(quant: Quantizer) -> Tensor | None:
     """A key that is the same on every rank: all ranks must make the same update."""
     return quant.stream.next(0) if quant.spec.stochastic else None
+
+
+def _round(quant: Quantizer | None, x: Tensor) -> Tensor:
+    return x if quant is None else quant.quantize(x, _key(quant))
+
+
+def _rest(p: Tensor, parts: list[slice]) -> list[tuple[slice, Quantizer | None, Quantizer | None]]:
+    """The rows of a packed parameter that no part covers: projections left in float."""
+    gaps, end = [], 0
+    for part in sorted(parts, key=lambda s: s.start or 0):
+        gaps.append(slice(end, part.start or 0))
+        end = len(p) if part.stop is None else part.stop
+    gaps.append(slice(end, len(p)))
+    return [(g, None, None) for g in gaps if g.start < g.stop]
 
 
 def _glorot(weight: Tensor, optimizer: torch.optim.Optimizer) -> float:

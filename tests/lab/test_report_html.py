@@ -11,17 +11,18 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lowbit.lab import picture, report_html
 
-NAMES = ("fp32", "int8", "luq", "twn", "bwn", "xnor", "dorefa", "wage", "pact", "lsq", "inq", "fp8", "s2fp8", "mx4", "qil")
+NAMES = "fp32 int8 luq twn bwn xnor dorefa wage pact lsq inq fp8 s2fp8 mx4 qil".split()
 BITS = ((32, 32, 32), (8, 8, 8), (4, 4, 4), (2, 32, 32), (1, 32, 32), (1, 1, 32), (1, 2, 6), (2, 8, 8), (4, 4, 32),
         (3, 3, 32), (5, 32, 32), (8, 8, 8), (8, 8, 8), (4.25, 4.25, 4.25), (2, 2, 32))  # fmt: skip
 LAYERS = ("stem.conv", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "head.fc")
-HOSTILE = '</script><script>alert(1)</script>"\'`<img src=x onerror=alert(2)>\u2028\u2029&lt;%{y}{{ 7*7 }}\x00'
+HOSTILE = "</script><script>alert(1)</script>\"'`<img src=x onerror=alert(2)>\u2028\u2029&lt;%{y}{{ 7*7 }}\x00"
 
 
 def histogram(rng, layer, role, bits):
@@ -31,11 +32,13 @@ def histogram(rng, layer, role, bits):
     logs = np.log2(np.abs(x[x != 0]))
     log_counts, log_edges = np.histogram(logs, 64)
     step = np.quantile(np.abs(x), 0.995) / max(2 ** (bits - 1) - 1, 1)
-    levels = step * np.arange(-min(2 ** (bits - 1) - 1, 32), min(2 ** (bits - 1), 33)) if bits < 32 else []
+    end = 2 ** (bits - 1)
+    levels = step * np.unique(np.linspace(-end, end - 1, min(round(2 * end), 65)).round()) if bits < 32 else []
     return {"layer": layer, "role": role, "format": f"Int({bits})" if bits < 32 else "float32", "count": 4000,
             "edges": edges.tolist(), "counts": counts.tolist(), "levels": list(levels), "blocks": 1,
-            "clip": [-step * 2 ** (bits - 1), step * 2 ** (bits - 1)] if bits < 32 else None,
-            "magnitudes": {"edges": log_edges.tolist(), "counts": log_counts.tolist(), "zeros": int((x == 0).sum())}}  # fmt: skip
+            "clip": [-step * end, step * (end - 1)] if bits < 32 else None,
+            "magnitudes": {"edges": log_edges.tolist(), "counts": log_counts.tolist(), "zeros": int((x == 0).sum())},
+            }  # fmt: skip
 
 
 def results(methods=4, seeds=3, epochs=10, task="classification", layers=LAYERS):
@@ -57,7 +60,8 @@ def results(methods=4, seeds=3, epochs=10, task="classification", layers=LAYERS)
             steps = [{"step": s, "loss": 0.05 + 2.2 * math.exp(-s / 30) + rng.random() * 0.1, "lr": 0.1}
                      for s in range(1, 12 * epochs, 3)]  # fmt: skip
             runs.append({"seed": seed, "folder": f"{name}-{seed}", "status": "ok", "reason": "", "seconds": 3.2,
-                         "metric": float(metric[-1]), "loss": float(loss[-1]), "curve": curve, "steps": steps})  # fmt: skip
+                         "metric": float(metric[-1]), "loss": float(loss[-1]), "curve": curve,
+                         "steps": steps})  # fmt: skip
         if i >= 2 and i == methods - 2 and seeds > 1:
             runs[-1] |= {"status": "diverged", "reason": "loss is nan at step 40", "metric": None,
                          "curve": runs[-1]["curve"][:3]}  # fmt: skip
@@ -110,7 +114,8 @@ def hostile():
             return {(k if k != "optimizer" else HOSTILE): attack(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [attack(v, key) for v in value]
-        return value + HOSTILE if isinstance(value, str) and key not in ("schema", "role", "better", "status") else value
+        kept = not isinstance(value, str) or key in ("schema", "role", "better", "status")
+        return value if kept else value + HOSTILE
 
     return attack(results())
 
@@ -120,7 +125,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.scripts, self.rows, self.texts = [], [], [], [], []
+        self.tags, self.attributes, self.scripts, self.rows = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -134,11 +139,14 @@ class Page(HTMLParser):
             self.rows[-1].append("")
 
     def handle_data(self, data):
-        if self.tags[-1] == "script" and not data.isspace():
+        if self.tags and self.tags[-1] == "script" and not data.isspace():
             self.scripts[-1] += data
         elif self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data
-        self.texts.append(data)
+            self.rows[-1][-1] += data.strip("\n")
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.rows.append([])
 
     @property
     def data(self):
@@ -173,8 +181,9 @@ def test_table_shows_the_figures(page):
             assert got == pytest.approx(m["metric"]["mean"], abs=0.005)
             assert spread == pytest.approx(m["metric"]["spread"], abs=0.005)
             assert [float(v) for v in row[3:8]] == list(m["bits"].values())
-    assert rows["int8"][2] == f"{made['methods'][1]['metric']['mean'] - made['methods'][0]['metric']['mean']:+.2f}".replace("-", "−")
-    assert rows["int8"][8] == "61.7 kB0.25 ×" and rows["int8"][9] == "1.25 ×5 ms"
+    base, int8 = (m["metric"]["mean"] for m in made["methods"][:2])
+    assert rows["int8"][2] == f"{int8 - base:+.2f}".replace("-", "−")
+    assert rows["int8"][8] == "60.3 KiB0.25 ×" and rows["int8"][9] == "1.25 ×5 ms"
     assert rows["luq"][1].endswith("2 of 3 seeds") and "diverged: loss is nan at step 40" in rows["luq"][0]
     assert "failed: needs a convolution" in rows["twn"][0] and set(rows["twn"][1:]) == {"–"}
 
@@ -196,7 +205,7 @@ def test_curves_are_means_over_the_seeds_that_got_there(page):
     got = methods["int8"]["curves"]["train_loss"]
     assert got["x"] == list(range(1, 11))
     np.testing.assert_allclose(got["mean"], raw.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(got["sd"], raw.std(0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(got["sd"], raw.std(0, ddof=1), rtol=1e-3)
     part = [run["curve"][9]["test_metric"] for run in made["methods"][2]["runs"][:2]]  # the third diverged in epoch 3
     assert methods["luq"]["curves"]["test_metric"]["mean"][9] == pytest.approx(np.mean(part), rel=1e-5)
     assert methods["twn"]["curves"]["test_metric"]["x"] == []
@@ -207,7 +216,8 @@ def test_histograms_and_layers_reach_the_page(page):
     got = methods["luq"]["histograms"][4]
     assert got["counts"] == made["histograms"][4]["counts"] and got["magnitudes"]["zeros"] > 0
     np.testing.assert_allclose(got["levels"], made["histograms"][4]["levels"], rtol=1e-5)
-    assert [row["sqnr"] for row in methods["luq"]["layers"]] == pytest.approx([r["sqnr"] for r in made["layers"]], rel=1e-5)
+    sqnr = [row["sqnr"] for row in made["layers"]]
+    assert [row["sqnr"] for row in methods["luq"]["layers"]] == pytest.approx(sqnr, rel=1e-5)
     assert methods["int8"]["layers"][0]["exact"] is True
 
 
@@ -230,7 +240,9 @@ def test_an_address_is_linked_only_when_arxiv_is_a_number(tmp_path):
     assert [v for _, k, v in parsed.attributes if k == "href"] == []
 
 
-@pytest.mark.parametrize("text", ["\ud800", "a" * 5000, "层" * 60, "\u202ereversed"])
+@pytest.mark.parametrize(
+    "text", ["\ud800", "a" * 5000, "层" * 60, "\u202ereversed"], ids=["surrogate", "long", "wide", "rtl"]
+)
 def test_odd_names(tmp_path, text):
     made = results(2, 1)
     made["methods"][1]["key"] = made["ranking"][made["ranking"].index("int8")] = text
@@ -248,7 +260,8 @@ def test_the_same_results_give_the_same_bytes_and_stay_as_they_are(page, tmp_pat
     assert made == before and [p.name for p in sorted(tmp_path.iterdir())] == ["a.svg", "again.html"]
 
 
-@pytest.mark.parametrize("bad", [{}, [], {"schema": "lowbit-compare-9", "methods": [{}]}, {"schema": picture.SCHEMA, "methods": []}])
+@pytest.mark.parametrize("bad", [{}, [], {"schema": "lowbit-compare-9", "methods": [{}]},
+                                 {"schema": picture.SCHEMA, "methods": []}])  # fmt: skip
 def test_other_things_are_refused_and_leave_the_old_page(tmp_path, bad):
     (tmp_path / "r.html").write_text("old")
     for call in report_html.write, report_html.plot:
@@ -276,7 +289,7 @@ def test_perplexity(tmp_path):
     rows = Page(text).rows[:5]
     assert rows[0][1] == "Perplexity" and "lower is better" in text
     assert rows[1][1] == f"{made['methods'][0]['metric']['mean']:.2f}"  # one seed: no spread
-    best = re.findall(r'<tr><td data-v="(\w+)">.*?</td><td data-v="[\d.]+"><span class="best">', text)
+    best = re.findall(r'<tr><td data-v="(\w+)">(?:(?!</td>).)*</td><td data-v="[\d.]+"><span class="best">', text)
     lowest = min((m for m in made["methods"][1:] if m["metric"]), key=lambda m: m["metric"]["mean"])
     assert best == [lowest["key"]]
 
@@ -319,10 +332,17 @@ def test_pictures_are_svg(tmp_path):
         report_html.plot(results(2), tmp_path / "p.png")
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (92.1, 98.4, [93, 94, 95, 96, 97, 98]),
+@pytest.mark.parametrize("low, high, expected", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+                                                 (92.1, 98.4, [93, 94, 95, 96, 97, 98]),
                                                  (-3, 250, [0, 50, 100, 150, 200, 250])])  # fmt: skip
 def test_ticks(low, high, expected):
     assert picture._ticks(low, high) == expected
+
+
+def test_the_template_and_the_script_are_installed():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    patterns = re.search(r'package-data\]\n"\*" = (\[.*\])', text).group(1)
+    assert {"*.j2", "*.js"} <= set(json.loads(patterns))
 
 
 @pytest.mark.slow
@@ -331,11 +351,12 @@ def test_ticks(low, high, expected):
 def test_a_browser_draws_every_plot(tmp_path, made):
     path = report_html.write(made, tmp_path / "r.html")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1000,2000",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--window-size=1000,2000",
                f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]  # fmt: skip
     dom = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    assert 'data-drawn="true"' in dom and "could not be drawn" not in dom
-    parts = re.findall(r'<div class="([^"]*)"[^>]* id="p-(\w+)"', dom) + re.findall(r'<div class="([^"]*)" id="p-(\w+)"', dom)
+    assert 'data-drawn="true"' in dom and ">This plot could not be drawn" not in dom
+    parts = re.findall(r'<div class="([^"]*)" id="p-(\w+)"', dom)
     assert {name for _, name in parts} == {"metric", "loss", "bits", "step", "layer", "W", "A", "E"}
     assert not [name for classes, name in parts if "empty" in classes]
     assert dom.count("main-svg") >= 8

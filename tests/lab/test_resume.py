@@ -25,15 +25,14 @@ WANTED = ("fp32", "twn", "luq", "wage", "fp8", "lsq", "psq", "gupta")
 THERE = [name for name in WANTED if name in METHODS]
 
 # 6 batches an epoch, 18 steps; a checkpoint every 4 steps and at the end of each epoch, a line of metrics at each step
-SETTINGS = {"data": "digits", "model": "mlp", "model_options": {"hidden": [16], "batch_norm": True}, "epochs": 3,
+SETTINGS = {"data": "digits", "model": "mlp", "model_options": {"hidden": [16, 16], "batch_norm": True}, "epochs": 3,
             "batch_size": 32, "limit": 200, "checkpoint_every": 4, "log_every": 1, "threads": 1, "seed": 3,
             "device": "cpu"}  # fmt: skip
 # Runs one training with jobs from standard input, each in a forked child: importing torch once is most of the time.
 SERVER = """
 import json, os, sys
-import torch
+import accelerate, torch, torch._dynamo  # an optimizer imports it
 from lowbit.lab.data import load
-from lowbit.lab import runs
 from lowbit.lab.loop import Config, train
 torch.set_num_threads(1)
 data = load("digits")
@@ -166,7 +165,7 @@ def test_killed_again_and_again(tmp_path):
 
 def test_killed_from_outside(tmp_path):
     """The command line itself, killed by another process as soon as its metrics reach a step."""
-    words = ["train", "--method", "twn", "--data", "digits", "--model", "mlp", "--model-option", "hidden=[16]",
+    words = ["train", "--method", "twn", "--data", "digits", "--model", "mlp", "--model-option", "hidden=[16,16]",
              "--model-option", "batch_norm=true", "--epochs", "3", "--batch-size", "32", "--limit", "200", "--seed", "3",
              "--checkpoint-every", "4", "--log-every", "1", "--threads", "1", "--device", "cpu",
              "--out", str(tmp_path / "run")]  # fmt: skip

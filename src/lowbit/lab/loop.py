@@ -63,7 +63,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 USUAL: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0, "clip_norm": 0.0}
 """Settings that a model above does not name."""
 OTHER_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3}
-"""Learning rate where the optimizer is not the model's own and none is given."""
+"""Learning rate where the optimizer is not the model's own and none is given; then nothing decays either."""
 CARD = ("optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "clip_norm")
 """What a card's training settings may decide; epochs, batches and the like are the same for all methods."""
 EVALUATION_BATCH = 256
@@ -118,7 +118,8 @@ class Config:
     compile: bool = False
     device: str = "auto"
     threads: int | None = None
-    """Threads of PyTorch; None leaves them."""
+    """Threads of PyTorch; None is one for the digits, whose tensors are too small to share out, and as many as PyTorch
+    finds otherwise."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None is an epoch. There is one at the end of each epoch anyway."""
     log_every: int = 10
@@ -167,15 +168,18 @@ def resolve(config: Config, data: Data) -> Config:
     usual = USUAL | TRAINING[model]
     optimizer = config.optimizer or card.get("optimizer") or usual["optimizer"]
     if optimizer != usual["optimizer"]:
-        usual |= {"lr": OTHER_LR.get(optimizer), "momentum": 0.9}
+        usual |= {"lr": OTHER_LR.get(optimizer), "momentum": 0.9, "weight_decay": 0.0}
     if config.optimizer is not None and config.optimizer != card.get("optimizer", config.optimizer):
         card = {k: v for k, v in card.items() if k not in ("lr", "momentum")}  # they belong to the card's optimizer
     decided = usual | {k: v for k, v in card.items() if k in CARD}
     decided |= {"optimizer": optimizer, "epochs": EPOCHS[kind], "model": model, "fingerprint": data.fingerprint}
     decided |= {"recipe": json.loads(recipe.to_json()), "criterion": recipe.criterion or "cross_entropy"}
+    if kind == "digits":
+        decided["threads"] = 1
     if config.recipe is not None:
         decided["method"] = recipe.name
-    asked = {k: v for k, v in config.to_data().items() if v is not None and k not in ("method", "recipe", "fingerprint")}
+    asked = {k: v for k, v in config.to_data().items()
+             if v is not None and k not in ("method", "recipe", "fingerprint")}  # fmt: skip
     full = Config(**({"method": config.method} | decided | asked))
     _check(full, data)
     return full
@@ -335,7 +339,7 @@ class Position:
 
 
 Progress = Callable[[dict[str, Any]], None]
-"""Called after each step with {"step", "steps", "epoch", "epochs", "loss", "metric"}."""
+"""Called after each step with {"step", "steps", "epoch", "epochs", "loss", "metric", "seconds"}."""
 
 
 def train(config: Config, folder: str | Path, *, data: Data | None = None, resume: bool = False,
@@ -367,14 +371,15 @@ def train(config: Config, folder: str | Path, *, data: Data | None = None, resum
     if resume and data.fingerprint != config.fingerprint:
         raise ValueError(f"{config.data} has changed since the run in {run.folder} began: start a new run")
     config = config if resume else resolve(config, data)
-    with run.writing(), _torch_settings(config):
+    with run.writing(), torch_settings(config):
         if not resume:
             run.begin(config.to_data())
         write_json(run.folder / "environment.json", environment(_device(config)))
         try:
             return _train(config, run, data, resume, progress)
-        except Diverged as error:
-            write_json(run.folder / "result.json", {"status": "diverged", "reason": str(error)})
+        except Exception as error:
+            status = "diverged" if isinstance(error, Diverged) else "failed"  # a failed run may be resumed
+            write_json(run.folder / "result.json", {"status": status, "reason": reason_of(error)})
             raise
 
 
@@ -427,7 +432,7 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
                 run.save(_state(parts, at))
             if progress is not None:
                 progress({"step": at.step, "steps": epochs * per_epoch, "epoch": epoch + 1, "epochs": epochs,
-                          "loss": value, "metric": at.tally.figures(data.task)[1]})  # fmt: skip
+                          "loss": value, "metric": at.tally.figures(data.task)[1], "seconds": at.seconds})  # fmt: skip
 
         train_loss, train_metric = at.tally.figures(data.task)
         test_loss, test_metric = evaluate(net, data, config, device)
@@ -513,6 +518,11 @@ def open_model(folder: str | Path, data: Data) -> nn.Module:
 # ---- around it -------------------------------------------------------------------------------------------------------
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _device(config: Config) -> str:
     if config.device != "auto":
         return config.device
@@ -538,7 +548,7 @@ def _accelerator(config: Config, folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _torch_settings(config: Config) -> Iterator[None]:
+def torch_settings(config: Config) -> Iterator[None]:
     """Threads and reproducible kernels, for the time of a run."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark

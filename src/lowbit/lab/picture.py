@@ -43,6 +43,8 @@ def complete(results: Mapping[str, Any]) -> dict[str, Any]:
     data = empty | {k: v for k, v in data.items() if v is not None}
     data["metric"] = {"name": "loss", "unit": "", "better": "lower"} | (data.get("metric") or {})
     full = [method | {k: v for k, v in m.items() if v is not None} for m in data["methods"]]
+    for m in full:
+        m["roles"] = {role: m["roles"][role] for role in sorted(m["roles"], key=lambda r: "WAEGU".find(r[:1]))}
     place = {key: i for i, key in enumerate(data["ranking"])}
     data["methods"] = sorted(full, key=lambda m: place.get(m["key"], len(place)))
     return data
@@ -87,11 +89,11 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     svg = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 1000 {height}",
                              "font-family": "system-ui, sans-serif", "font-size": "13", "fill": INK})  # fmt: skip
     _mark(svg, "rect", width=1000, height=height, rx=8, fill="#ffffff")
-    _text(svg, 20, 30, data["title"], 70, font_size=16, font_weight=600)
+    _text(svg, 20, 30, data["title"], 50, font_size=16, font_weight=600)
     values = [v for m in shown for v in (*(m["metric"].get("values") or []), mean_of(m)) if v is not None] or [0.0, 1.0]
     pad = (max(values) - min(values)) * 0.05 or abs(values[0]) * 0.05 or 1.0
     low, high = min(values) - pad, max(values) + pad
-    label = f"{data['metric']['name']}{data['metric']['unit'] and ', ' + data['metric']['unit']}"
+    label = _short(data["metric"]["name"], 24) + (data["metric"]["unit"] and ", " + data["metric"]["unit"])
     looks, bottom = looks_of(data), height - 55
 
     def across(v: float) -> float:
@@ -100,10 +102,10 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     for tick in _ticks(low, high):
         _mark(svg, "line", x1=across(tick), x2=across(tick), y1=50, y2=bottom, stroke=FAINT)
         _text(svg, across(tick), bottom + 18, f"{tick:g}", anchor="middle", fill=GREY)
-    _text(svg, 330, bottom + 40, f"{label}: mean, seeds, ± spread", anchor="middle", fill=GREY)
+    _text(svg, 330, bottom + 40, f"{label}: mean, seeds, ± spread", 48, anchor="middle", fill=GREY)
     for i, m in enumerate(data["methods"]):
         y, look = 50 + (i + 0.5) * (bottom - 50) / len(data["methods"]), looks[m["key"]]
-        _text(svg, 180, y + 4, m["key"], 24, anchor="end")
+        _text(svg, 180, y + 4, m["key"], 20, anchor="end")
         mean = mean_of(m)
         if mean is None:
             _text(svg, 196, y + 4, f"{m['status']}: {m['reason']}", 42, fill=GREY, font_style="italic")
@@ -179,7 +181,7 @@ def _point(svg: ET.Element, x: float, y: float, look: Mapping[str, Any]) -> None
 
 def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 6)
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 7)
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -114,11 +114,11 @@ def _percent(value: float | None) -> str:
 def _size(value: float | None) -> str:
     if value is None:
         return DASH
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
             break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _show(value: Any) -> str:
@@ -150,8 +150,9 @@ def _lead(data: dict[str, Any]) -> str:
     best = next((m for m in done if m is not base), None)
     parts = [f"{base['key']} reaches {name} {_figure(mean_of(base), unit)}{unit and ' ' + unit}"] if base else []
     if best:
-        text = f"{best['key']} is the best of {len(data['methods']) - bool(data['baseline'])} methods"
-        parts.append(f"{text} with {_figure(mean_of(best), unit)}{unit and ' ' + unit}")
+        others = sum(m["key"] != data["baseline"] for m in data["methods"])
+        text = f"{best['key']} is the best of {others} methods with" if others > 1 else f"{best['key']} reaches"
+        parts.append(f"{text} {_figure(mean_of(best), unit)}{unit and ' ' + unit}")
     bad = [m["key"] for m in data["methods"] if m["status"] != "ok"]
     return "; ".join(parts + ([f"{len(bad)} failed or diverged"] if bad else []))
 

@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .. import kinds  # noqa: F401  (kinds of quantizer that methods share are known by name)
 from ..recipe import Recipe, Rule
 from ..serial import nearest
 

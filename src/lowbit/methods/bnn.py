@@ -53,10 +53,8 @@ def bnn(activation_bits: int = 1, stochastic: bool = False, shift_norm: bool = F
     activation = QSpec(levels, scale=Static(1 / levels.max), backward=InRange(-1.0, 1.0),
                        rounding="stochastic" if stochastic else "half_even")  # fmt: skip
     image = QSpec(Int(8, signed=False), scale=MinMax(255))
-    swaps = (Swap("ReLU", "Hardtanh"),)
-    if shift_norm:
-        swaps += tuple(Swap(f"BatchNorm{d}d", "ShiftBatchNorm") for d in (1, 2))
+    norms = tuple(Swap(f"BatchNorm{d}d", "ShiftBatchNorm") for d in (1, 2)) if shift_norm else ()
     return Recipe(
-        "bnn", Roles(W=weight, A=activation), rules=(Rule(where="first", roles=Roles(W=weight, A=image)),), swaps=swaps,
+        "bnn", Roles(W=weight, A=activation), rules=(Rule(where="first", roles=Roles(W=weight, A=image)),), swaps=(Swap("ReLU", "Hardtanh"), *norms),
         steps=(Spread(),), update=Update(clip=1.0, lr_scale="glorot"), criterion="squared_hinge",
     )  # fmt: skip

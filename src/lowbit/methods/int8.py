@@ -22,7 +22,10 @@ by the batch at hand as well. With `layers=("linear", "conv", "attention")` atte
   has one scale for all of W.
 - `first=False`, `last=False` leave the first or the last layer in float (language models: the head).
 - `accumulate="int32"` multiplies codes and sums them exactly, then scales; `"float32"` multiplies and sums the real
-  values. They differ by the rounding of float sums only.
+  values. They differ by the rounding of float sums only. `"auto"` takes int32 for linear layers and float32 for the
+  others. That is what is fast: on one core of the reference CPU a training step of two 2048 x 2048 layers takes 0.26 s
+  in int32, 0.63 s in float32 and 0.56 s in PyTorch's own float; two 3x3 convolutions of 64 channels 0.23, 0.11 and
+  0.08 s, because patches are copied before an integer product. Below about 1000 features nothing is gained.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from typing import Literal
 from ..blocks import Blocks, PerChannel, PerRow
 from ..formats import Int
 from ..quantizer import QSpec
-from ..recipe import Int32, Keep, Product, Products, Recipe, Roles, float_ends
+from ..recipe import Int32, Keep, Product, Products, Recipe, Roles, Rule, float_ends
 from ..scales import AbsMax
 from ..serial import nearest
 from . import Card, method
@@ -57,25 +60,29 @@ def _int8(blocks: Blocks, stochastic: bool = False) -> QSpec:
     )  # fmt: skip
 )
 def int8(products: Sequence[str] = PRODUCTS, stochastic: bool = True, first: bool = True, last: bool = True,
-         accumulate: Literal["int32", "float32"] = "int32") -> Recipe:  # fmt: skip
-    products = (products,) if isinstance(products, str) else tuple(products)
-    for name in products:
+         accumulate: Literal["auto", "int32", "float32"] = "auto") -> Recipe:  # fmt: skip
+    names = (products,) if isinstance(products, str) else tuple(products)
+    for name in names:
         if name not in PRODUCTS:
             raise ValueError(f"unknown product {name!r}; {nearest(name, PRODUCTS)}")
-    if not products:
+    if not names:
         raise ValueError(f"products is empty: name at least one of {', '.join(PRODUCTS)}")
-    if accumulate not in ("int32", "float32"):
-        raise ValueError(f"unknown accumulator {accumulate!r}; {nearest(accumulate, ('int32', 'float32'))}")
-    sums = Int32() if accumulate == "int32" else None
+    if accumulate not in ("auto", "int32", "float32"):
+        raise ValueError(f"unknown accumulator {accumulate!r}; {nearest(accumulate, ('auto', 'int32', 'float32'))}")
+    out, grad_a, grad_w = (name in names for name in PRODUCTS)
     row, channel = _int8(PerRow()), _int8(PerChannel())
-    out, grad_a, grad_w = (name in products for name in PRODUCTS)
-    return Recipe(
-        "int8",
-        Roles(W=row if out else None, A=row if out else None, E=_int8(PerRow(), stochastic) if grad_a else None),
-        Products(
+
+    def with_sums(sums: Int32 | None) -> Products:
+        return Products(
             out=Product(accumulator=sums) if out else FLOAT,
             grad_a=Product(right=channel, accumulator=sums) if grad_a else FLOAT,
             grad_w=Product(_int8(PerChannel(), stochastic), channel, sums) if grad_w else FLOAT,
-        ),
-        rules=float_ends(not first, not last),
+        )
+
+    return Recipe(
+        "int8",
+        Roles(W=row if out else None, A=row if out else None, E=_int8(PerRow(), stochastic) if grad_a else None),
+        with_sums(Int32() if accumulate == "int32" else None),
+        rules=(*([Rule(type="linear", products=with_sums(Int32()))] if accumulate == "auto" else []),
+               *float_ends(not first, not last)),
     )  # fmt: skip

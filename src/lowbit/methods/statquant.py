@@ -5,7 +5,7 @@ quantizer of E, and its variance grows with that quantizer's. `ptq_sgd`, `psq` a
 as a matrix X (N, D), a row being a sample. B = 2^b - 1, SR is stochastic rounding to 0 ... B, and nothing is clipped:
 
     PTQ   one range: low = min(min X - eps, 0), high = max(max X + eps, 0), zero code z = floor(-low B / (high - low))
-          step = -low / z (z = 0: low = 0, step = high / B)            Q(X) = step (SR(X / step + z) - z)
+          step = -low / z, which widens the range                      Q(X) = step (SR(X / step + z) - z)
     PSQ   a range for each row: low_i = min X_i - eps, step_i = (max X_i + eps - low_i) / B
           Q(X)_i = step_i SR((X_i - low_i) / step_i) + low_i
     BHQ   Q(X) = S^-1 PSQ(S X), where S mixes rows of large range with rows of small range
@@ -28,12 +28,16 @@ is left as it is, and two rows are one group (the rule above needs three).
 
 The two uses of E are independent draws. Gradients pass the quantizers of W and A unchanged. First and last layer are
 quantized too. The headline is BHQ with 5 bits, the default of `bhq` and, to compare, of `psq`; `ptq_sgd` has 8, the
-INT8 training it is measured against. `epsilon` is absolute, as released: gradients not far above it drown in its noise,
-so lower it or scale the loss where they are that small. The released code also rounds the biases of linear layers to 16
-bits; here biases stay float.
+INT8 training it is measured against.
+
+Where no element is as low as one step below zero, the released PTQ divides by z = 0. Here z is then 1 if an element is
+negative and 0 if none is, and step = high / (B - z). `epsilon` is absolute, as released: gradients not far above it
+drown in its noise, so lower it or scale the loss where they are that small. The released code also rounds the biases of
+linear layers to 16 bits; here biases stay float.
 
 S is never formed: H reflects the rows of a group, and v, s and the group of each row are stored with the codes. That
-takes a few passes over X for any N, where a product with S would take N^2 D steps.
+takes a few passes over X for any N; products with S and S^-1, of N^2 D steps each, cost more from a few hundred
+rows on.
 """
 
 from __future__ import annotations
@@ -75,8 +79,8 @@ class Ptq(Quantizer, kind="ptq"):
         low = (x.amin(-1, keepdim=True) - eps).clamp(max=0)
         high = (x.amax(-1, keepdim=True) + eps).clamp(min=0)
         zero = (-low * (top / (high - low))).floor()
-        # z = 0: what is below zero is less than a step, and only the margin or noise; the released code divides by z
-        step = torch.where(zero > 0, -low / zero.clamp(min=1), high / top)
+        zero = torch.maximum(zero, (x < 0).any(-1, keepdim=True).to(x.dtype))  # a negative element needs a code
+        step = torch.maximum(-low / zero.clamp(min=1) * (zero > 0), high / (top - zero).clamp(min=1))
         return Coded(self.spec.format.snap(x / step + zero, self.mode(u), u), step, self.spec.format, zero)
 
 
@@ -151,11 +155,12 @@ def reflect(x: Tensor, group: Tensor, v: Tensor) -> Tensor:
     number = group.flatten()
     order, sizes = number.argsort(stable=True), torch.bincount(number)
 
-    def total(y: Tensor) -> Tensor:  # of each row's group; unlike index_add, in a fixed order on every device
-        return torch.segment_reduce(y[order], "sum", lengths=sizes, axis=0, unsafe=True)[number]
+    def total(y: Tensor) -> Tensor:  # of each group; unlike index_add, in the same order on every device
+        return torch.segment_reduce(y, "sum", lengths=sizes, axis=0, unsafe=True)
 
-    norm = total(v * v)
-    return x - 2 * v * (total(v * x) / torch.where(norm == 0, 1, norm))
+    normal = v[order]
+    norm, along = total(normal.square()), total(x[order].mul_(normal))
+    return torch.addcmul(x, v, (along * (2 / torch.where(norm == 0, 1, norm)))[number], value=-1)
 
 
 def _recipe(name: str, bits: int, epsilon: float, blocks: Blocks, kind: str, wgrad: Blocks, wgrad_kind: str) -> Recipe:
@@ -174,12 +179,12 @@ def _recipe(name: str, bits: int, epsilon: float, blocks: Blocks, kind: str, wgr
     return Recipe(name, roles, Products(grad_w=Product(left=error(8, wgrad, wgrad_kind))))
 
 
-@method(Card("ptq_sgd", f"{TITLE} (PTQ)", 2020, "2010.14298", "training", HEADLINE))
+@method(Card("ptq_sgd", f"{TITLE} (PTQ)", 2020, "2010.14298", "training"))
 def ptq_sgd(bits: int = 8, epsilon: float = 1e-8) -> Recipe:
     return _recipe("ptq_sgd", bits, epsilon, PerTensor(), "ptq", PerTensor(), "ptq")
 
 
-@method(Card("psq", f"{TITLE} (PSQ)", 2020, "2010.14298", "training", HEADLINE))
+@method(Card("psq", f"{TITLE} (PSQ)", 2020, "2010.14298", "training"))
 def psq(bits: int = 5, epsilon: float = 1e-8) -> Recipe:
     return _recipe("psq", bits, epsilon, PerSample(), "psq", PerFeature(), "psq")
 

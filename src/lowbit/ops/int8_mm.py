@@ -40,13 +40,18 @@ def _(a: Tensor, b: Tensor, split: int) -> Tensor:
     (m, depth), n = a.shape, b.shape[1]
     if 0 in (m, n, depth):
         return a.new_zeros(m, n, dtype=torch.int32)
-    a, b = a.contiguous(), b.contiguous()
     if depth <= split:
-        return torch._int_mm(a, b)
+        return torch._int_mm(_rows(a), _rows(b))
     total = torch.zeros(m, n, dtype=torch.int64)
     for k in range(0, depth, split):
-        total += torch._int_mm(a[:, k : k + split].contiguous(), b[k : k + split])
+        total += torch._int_mm(_rows(a[:, k : k + split]), _rows(b[k : k + split]))
     return total
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with strides (columns, 1) exactly. A single row with another stride counts as contiguous too, but
+    `torch._int_mm` takes that stride for the distance of columns and reads beside the matrix."""
+    return x.contiguous().reshape(-1).reshape(x.shape)
 
 
 declare("lowbit::int8_mm", _definition, {"cpu": "oneDNN (torch._int_mm)"})
