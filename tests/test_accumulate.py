@@ -7,8 +7,22 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import AbsMax, Int, Int32, PerAxis, PerChannel, PerGroup, PerRow, PerTensor, PerTile, Product, Products
-from lowbit import QSpec, Recipe, Roles
+from lowbit import (
+    AbsMax,
+    Int,
+    Int32,
+    PerAxis,
+    PerChannel,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerTile,
+    Product,
+    Products,
+    QSpec,
+    Recipe,
+    Roles,
+)
 from lowbit.accumulate import Operand, multiply
 from lowbit.layers import CONV, LINEAR
 from lowbit.products import ConvProduct, LinearProduct

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit import (AbsMax, InRange, Int, Learned, LearnedClip, LearnedStep, MinMax, PassThrough, PerAxis, PerTensor,
-                    QSpec, Static)  # fmt: skip
+from lowbit import (
+    AbsMax,
+    InRange,
+    Int,
+    Learned,
+    LearnedClip,
+    LearnedStep,
+    MinMax,
+    PassThrough,
+    PerAxis,
+    PerTensor,
+    QSpec,  # fmt: skip
+    Static,
+)
 from lowbit.backward import straight_through
 from lowbit.quantizer import Quantizer
 

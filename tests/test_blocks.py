@@ -11,8 +11,8 @@ from lowbit import blocks as B
 from lowbit.blocks import Layout, PerAxis, PerChannel, PerGroup, PerRow, PerTensor, PerTile
 from lowbit.layers import CONV, CONV1D, CONV_TRANSPOSE, LINEAR, MATMUL
 
-LAYOUTS = [getattr(B, name) for name in ("LINEAR_INPUT", "LINEAR_WEIGHT", "LINEAR_WEIGHT_T", "CONV_INPUT", "CONV_WEIGHT",
-                                         "CONV_TRANSPOSE_WEIGHT", "MATMUL_LEFT", "MATMUL_RIGHT")]  # fmt: skip
+LAYOUTS = [B.LINEAR_INPUT, B.LINEAR_WEIGHT, B.LINEAR_WEIGHT_T, B.CONV_INPUT, B.CONV_WEIGHT]
+LAYOUTS += [B.CONV_TRANSPOSE_WEIGHT, B.MATMUL_LEFT, B.MATMUL_RIGHT]
 LAYOUTS += [table.of(role, "grad_w") for table in (LINEAR, CONV, MATMUL) for role in ("A", "E")]
 LAYOUTS += [table.of("W", "grad_a") for table in (LINEAR, CONV, CONV1D, CONV_TRANSPOSE, MATMUL)]
 
@@ -32,7 +32,7 @@ def test_unview_undoes_view(shape, layout, blocks, turned):
     back = blocks.unview(b, x.shape, layout)
     assert back.shape == x.shape and torch.equal(back, x)
     # each element once, the rest zeros
-    assert torch.equal(b.flatten().sort().values[-x.numel():], x.flatten().sort().values)
+    assert torch.equal(b.flatten().sort().values[-x.numel() :], x.flatten().sort().values)
     assert int((b == 0).sum()) == b.numel() - x.numel()
 
 

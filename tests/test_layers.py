@@ -11,8 +11,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit import (AbsMax, Average, Chunked, History, Int, Int32, Keep, PerChannel, PerRow, PerTensor, Product, Products,
-                    QSpec, Recipe, Roles, Static)  # fmt: skip
+from lowbit import (
+    AbsMax,
+    Average,
+    Chunked,
+    History,
+    Int,
+    Int32,
+    Keep,
+    PerChannel,
+    PerRow,
+    PerTensor,
+    Product,
+    Products,
+    QSpec,  # fmt: skip
+    Recipe,
+    Roles,
+    Static,
+)
 from lowbit.layers import LayerQuant, QMatmul
 from lowbit.quantizer import IDENTITY
 
@@ -109,7 +125,9 @@ def test_gradcheck_of_matmul_embedding_and_attention():
     assert torch.equal(matmul(NOTHING)(a, b), a @ b)
     table = lowbit.apply(nn.Embedding(6, 3).double(), NOTHING)
     index = torch.tensor([[0, 1, 5], [2, 2, 0]])
-    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(table, {"weight": w}, (index,)), (table.weight,))
+    assert torch.autograd.gradcheck(
+        lambda w: torch.func.functional_call(table, {"weight": w}, (index,)), (table.weight,)
+    )
     attention = lowbit.apply(nn.MultiheadAttention(4, 2, batch_first=True).double(), NOTHING)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: attention(x, x, x)[0], (x,), fast_mode=True)
@@ -218,7 +236,9 @@ def test_half_precision_is_computed_in_float32():
 def test_empty_batches(name, recipe):
     make, shape = LAYERS[name]
     plain, layer = pair(make(), recipe)
-    for a, b in zip(results(plain, torch.randn(0, *shape[1:])), results(layer, torch.randn(0, *shape[1:])), strict=True):
+    for a, b in zip(
+        results(plain, torch.randn(0, *shape[1:])), results(layer, torch.randn(0, *shape[1:])), strict=True
+    ):
         assert a.shape == b.shape and torch.equal(a, b)  # gradients of parameters are zeros
 
 
@@ -255,7 +275,12 @@ def test_output_size_of_a_transposed_convolution():
 
 def test_embedding_options():
     index = torch.tensor([[0, 1, 5], [2, 2, 0]])
-    for options in ({"padding_idx": 2}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": 1.0}):
+    for options in (
+        {"padding_idx": 2},
+        {"scale_grad_by_freq": True},
+        {"max_norm": 1.0},
+        {"max_norm": 1.0, "norm_type": 1.0},
+    ):
         plain, layer = pair(nn.Embedding(6, 3, **options), NOTHING)
         for a, b in zip(results(plain, index), results(layer, index), strict=True):
             torch.testing.assert_close(a, b)
@@ -344,8 +369,8 @@ OVERRIDES = Products(Product(), Product(right=SR4), Product(left=SR4, right=SR4,
 
 
 @pytest.mark.parametrize("how", ["reentrant", "saved"])
-@pytest.mark.parametrize("recipe", [NOISE, Recipe("t", Roles(W=SR4, A=TRACKED, E=SR4)), Recipe("h", Roles(A=PAST, W=SR4)),
-                                    Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES)],
+@pytest.mark.parametrize("recipe", [NOISE, Recipe("t", Roles(W=SR4, A=TRACKED, E=SR4)),
+                                    Recipe("h", Roles(A=PAST, W=SR4)), Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES)],
                          ids=["noise", "average", "history", "overrides"])  # fmt: skip
 def test_activation_checkpointing_changes_no_bit(how, recipe):
     plain = lowbit.apply(Twice(), recipe)
@@ -490,7 +515,9 @@ def test_chunked_accumulation_of_every_product_is_that_of_the_operator():
 
 
 def test_scales_of_rows_and_channels_in_a_convolution():
-    roles = Roles(W=QSpec(Int(4, narrow=True), PerRow(), AbsMax(7)), A=QSpec(Int(4, narrow=True), PerChannel(), AbsMax(7)))
+    roles = Roles(
+        W=QSpec(Int(4, narrow=True), PerRow(), AbsMax(7)), A=QSpec(Int(4, narrow=True), PerChannel(), AbsMax(7))
+    )
     layer = lowbit.apply(nn.Conv2d(3, 4, 3, bias=False), Recipe("c", roles))
     x = torch.randn(2, 3, 6, 6) * torch.tensor([1.0, 10, 100]).reshape(1, 3, 1, 1)
 

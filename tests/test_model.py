@@ -1,4 +1,4 @@
-"""`apply` and what it promises: which layers get what, nothing silently skipped, nothing half-done, ties and names kept."""
+"""`apply`: which layers get what, nothing silently skipped, nothing half-done, ties and names kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ NOISE = Recipe("noise", Roles(W=SR, A=SR, E=SR, G=SR, U=SR))
 
 
 def cnn() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3)
+    )
 
 
 X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -93,7 +95,13 @@ def test_frozen_parameters_stay_frozen():
         model(X).square().sum().backward()
         optimizer.step()
     assert model[0].weight.grad is None and model[4].bias.grad is None
-    for name, frozen in (("0.weight", True), ("0.bias", True), ("4.bias", True), ("2.weight", False), ("5.weight", False)):
+    for name, frozen in (
+        ("0.weight", True),
+        ("0.bias", True),
+        ("4.bias", True),
+        ("2.weight", False),
+        ("5.weight", False),
+    ):
         assert torch.equal(before[name], model.state_dict()[name]) is frozen, name
 
 
@@ -147,7 +155,7 @@ def test_gradient_accumulation_adds_up():
     model = lowbit.apply(cnn(), Recipe("w", Roles(W=SR)))
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for part in X.split(2):
-        for (n, p), g in zip(model.named_parameters(), torch.autograd.grad(model(part).sum(), model.parameters()), strict=True):
+        for n, g in zip(total, torch.autograd.grad(model(part).sum(), model.parameters()), strict=True):
             total[n] += g
     for part in X.split(2):
         model(part).sum().backward()
@@ -177,7 +185,9 @@ def test_the_last_rule_that_matches_decides():
 
 
 def test_names_of_rules_are_patterns():
-    model = nn.ModuleDict({"enc": nn.ModuleDict({"fc1": nn.Linear(3, 3), "fc2": nn.Linear(3, 3)}), "fc2": nn.Linear(3, 3)})
+    model = nn.ModuleDict(
+        {"enc": nn.ModuleDict({"fc1": nn.Linear(3, 3), "fc2": nn.Linear(3, 3)}), "fc2": nn.Linear(3, 3)}
+    )
     lowbit.apply(model, Recipe("r", Roles(W=INT8), rules=(Rule("*.fc2", roles=Roles(W=INT4)),)))
     assert bits(model) == {"enc.fc1": 8, "enc.fc2": 4, "fc2": 8}
 
@@ -243,6 +253,7 @@ class Zoo(nn.Module):
         self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
         self.pruned = nn.Linear(4, 4)
         prune.l1_unstructured(self.pruned, "weight", 0.5)
+        self.param_lstm = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
         self.norm, self.relu = nn.LayerNorm(4), nn.ReLU()
 
 
@@ -268,14 +279,16 @@ def test_every_layer_with_a_weight_is_quantized_or_explained(layers):
     reasons = {r.layer: r.note for r in rows if r.kind == "other"}
     assert all(reasons.values()) and not quantized & set(reasons)
     for name in names:
-        parts = [n for n in (*quantized, *reasons) if n == name or n.startswith(name + ".") or n == name.rsplit(".", 1)[0]]
+        parts = [
+            n for n in (*quantized, *reasons) if n == name or n.startswith(name + ".") or n == name.rsplit(".", 1)[0]
+        ]
         assert parts, f"{name} is silently skipped"
     if layers == ALL:
         assert {"linear", "same", "conv.0", "conv.1", "conv.2", "up.1", "table", "normed", "spectral", "pruned",
                 "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj", "attention.scores",
                 "attention.context", "separate.k_proj", "separate.scores"} <= quantized  # fmt: skip
-        assert set(reasons) == {"own", "lstm", "cell", "bilinear", "up.0", "up.2", "bag", "kv", "zero", "mine", "function",
-                                "positions"}  # fmt: skip
+        assert set(reasons) == {"own", "lstm", "cell", "bilinear", "up.0", "up.2", "bag", "kv", "zero", "mine",
+                                "function", "positions", "param_lstm"}  # fmt: skip
         assert "overrides the forward" in reasons["own"] and "overrides the forward" in reasons["mine"]
         assert "add_bias_kv" in reasons["kv"] and "no quantized version" in reasons["lstm"]
     for name in ("own", "kv", "mine"):
@@ -285,7 +298,8 @@ def test_every_layer_with_a_weight_is_quantized_or_explained(layers):
 def test_subclasses_and_parametrizations_compute_quantized():
     torch.manual_seed(0)
     zoo = Zoo()
-    model = lowbit.apply(copy.deepcopy(zoo), Recipe("z", Roles(W=QSpec(Int(2, narrow=True), scale=AbsMax(1)))))
+    torch.manual_seed(0)
+    model = lowbit.apply(Zoo(), Recipe("z", Roles(W=QSpec(Int(2, narrow=True), scale=AbsMax(1)))))
     x = torch.randn(3, 4)
     for name in ("same", "normed", "pruned"):
         layer, plain = getattr(model, name), getattr(zoo, name)
@@ -293,7 +307,9 @@ def test_subclasses_and_parametrizations_compute_quantized():
         q = (w / w.abs().max()).round() * w.abs().max()
         torch.testing.assert_close(layer(x), x @ q.t() + plain.bias)
         layer(x).sum().backward()
-        assert isinstance(layer, type(plain)) and all(p.grad is not None for p in layer.parameters())
+        assert isinstance(layer, Same if name == "same" else nn.Linear) and all(
+            p.grad is not None for p in layer.parameters()
+        )
 
 
 def test_an_attention_module_needs_a_or_e_to_be_quantized():
@@ -342,7 +358,7 @@ class Breaks(Step):
 
 
 @pytest.mark.parametrize("bad, error", [
-    (Recipe("r", Roles(W=QSpec(Int(4), PerAxis(3), scale=lowbit.Learned(7), backward=lowbit.LearnedStep()))), ValueError),
+    (Recipe("r", Roles(W=QSpec(Int(4), PerAxis(3), lowbit.Learned(7), backward=lowbit.LearnedStep()))), ValueError),
     (Recipe("r", Roles(W=QSpec(Int(4), kind="nothing"))), ValueError),
     (Recipe("r", Roles(W=INT8), swaps=(Swap("ReLU", "Nothing"),)), ValueError),
     (Recipe("r", Roles(W=INT8, A=INT8), swaps=(Swap("ReLU", "GELU"),), steps=(Breaks(),)), KeyError),
@@ -369,7 +385,9 @@ def test_a_failed_apply_gives_attention_back():
     x = torch.randn(2, 3, 4)
     output = model.eval()(x)
 
-    with pytest.raises(AttributeError):  # nn.TransformerEncoderLayer has no weight: the step breaks after the conversion
+    with pytest.raises(
+        AttributeError
+    ):  # nn.TransformerEncoderLayer has no weight: the step breaks after the conversion
         lowbit.apply(model, Recipe("r", Roles(W=INT8, A=INT8), layers=ALL, steps=(Breaks(),)))
     assert type(model[0].self_attn) is nn.MultiheadAttention and model[0].activation_relu_or_gelu == 1
     assert torch.equal(model(x), output)
@@ -420,7 +438,9 @@ def test_report_of_attention_has_its_projections_and_products():
         w = model.self_attn.in_proj_weight.detach()[8:16].double()
         step = w.abs().max() / 7
         noise = (w - (w / step).round() * step).square().sum()
-        assert rows["self_attn.k_proj", "W"].sqnr == pytest.approx(float(10 * torch.log10(w.square().sum() / noise)), abs=1e-3)
+        assert rows["self_attn.k_proj", "W"].sqnr == pytest.approx(
+            float(10 * torch.log10(w.square().sum() / noise)), abs=1e-3
+        )
     assert all(rows["self_attn." + n, r].sqnr > 20 for n in ("scores", "context") for r in "AWE")
     assert rows["self_attn.out_proj", "G"].sqnr > 5
 

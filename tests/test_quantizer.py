@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import (AbsMax, Average, Int, PerAxis, PerGroup, PerRow, PerTensor, QSpec, Static)  # fmt: skip
+from lowbit import AbsMax, Average, Int, PerAxis, PerGroup, PerRow, PerTensor, QSpec, Static  # fmt: skip
 from lowbit.blocks import LINEAR_INPUT, LINEAR_WEIGHT
 from lowbit.formats import E2M1, E4M3
 from lowbit.microscaling import mxfp4, mxfp6, mxfp8, mxint8, nvfp4

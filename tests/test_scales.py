@@ -10,8 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit import (AbsMax, Average, Even, History, Int, Learned, LearnedStep, Microscale, MinMax, MinMSE, Moments,
-                    Percentile, PowerOfTwo, QSpec, Static)  # fmt: skip
+from lowbit import (
+    AbsMax,
+    Average,
+    Even,
+    History,
+    Int,
+    Learned,
+    LearnedStep,
+    Microscale,
+    MinMax,
+    MinMSE,
+    Moments,
+    Percentile,  # fmt: skip
+    PowerOfTwo,
+    QSpec,
+    Static,
+)
 from lowbit.formats import MXINT8
 from lowbit.quantizer import Quantizer
 
@@ -19,7 +34,9 @@ RNG = np.random.default_rng(0)
 
 
 def blocks(n: int = 101, count: int = 6) -> torch.Tensor:
-    return torch.from_numpy(RNG.standard_t(3, (count, n)).astype(np.float32) * np.logspace(-4, 4, count)[:, None]).float()
+    return torch.from_numpy(
+        RNG.standard_t(3, (count, n)).astype(np.float32) * np.logspace(-4, 4, count)[:, None]
+    ).float()
 
 
 def scale_of(how, x: torch.Tensor) -> np.ndarray:
@@ -97,7 +114,9 @@ W = torch.tensor([[0.5, -0.2, 0.1, -0.05]])
 def test_moments_worked_example():
     # SAWB: m1 = .2125, m2 = .275; two bits, coefficients of the released code
     even = Moments(3.12, 2.064, 3)
-    assert float(even.clip(W)) == pytest.approx(3.12 * 0.275 - 2.064 * 0.2125, rel=1e-5) == pytest.approx(0.4194, abs=1e-4)
+    assert (
+        float(even.clip(W)) == pytest.approx(3.12 * 0.275 - 2.064 * 0.2125, rel=1e-5) == pytest.approx(0.4194, abs=1e-4)
+    )
     q = Quantizer.make(QSpec(Even(2), scale=even))
     assert q(W).tolist()[0] == pytest.approx([0.4194, -0.1398, 0.1398, -0.1398], abs=1e-4)
     zero = Quantizer.make(QSpec(Int(2, narrow=True), scale=Moments(2.6, 1.71, 1)))
@@ -256,9 +275,11 @@ def test_learned_never_turns_negative():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: AbsMax(0), "must be positive; got 0"), (lambda: MinMax(-1), "got -1"), (lambda: MinMax(3, "cod"), "'code'"),
+    (lambda: AbsMax(0), "must be positive; got 0"), (lambda: MinMax(-1), "got -1"),
+    (lambda: MinMax(3, "cod"), "'code'"),
     (lambda: Percentile(3, 0), "got 0"), (lambda: MinMSE(3, 0), "got 0"), (lambda: PowerOfTwo(AbsMax(1), "up"), "'up'"),
-    (lambda: Average(AbsMax(1), 1.0), "got 1.0"), (lambda: History(AbsMax(1), 0), "got 0"), (lambda: Static(0), "got 0"),
+    (lambda: Average(AbsMax(1), 1.0), "got 1.0"), (lambda: History(AbsMax(1), 0), "got 0"),
+    (lambda: Static(0), "got 0"),
     (lambda: Learned(7, "stepp"), "did you mean 'step'"), (lambda: Microscale(2, "flor"), "did you mean 'floor'"),
 ])  # fmt: skip
 def test_bad_values_are_named(make, message):

@@ -1,5 +1,8 @@
 """`attach`: roles G and U around the optimizer's step, loss scaling, schedules, learned parameters."""
 
+# mypy: disable-error-code="operator,union-attr,index,arg-type,call-arg,return-value,assignment,misc"
+# (attributes of a torch.nn.Module have no precise type)
+
 from __future__ import annotations
 
 import copy
@@ -67,7 +70,8 @@ def on_grid(x: Tensor, step: float = 2.0**-6) -> bool:
 def test_a_step_is_the_optimizers_on_quantized_gradients_then_the_grid(name: str, biases: bool) -> None:
     model, plain = model_of(6, 5, 3), model_of(6, 5, 3)
     lowbit.apply(model, Recipe("t", Roles(G=COARSE, U=GRID), update=Update(biases=biases)))
-    optimizer, reference = lowbit.attach(model, OPTIMIZERS[name](model.parameters())), OPTIMIZERS[name](plain.parameters())
+    optimizer = lowbit.attach(model, OPTIMIZERS[name](model.parameters()))
+    reference = OPTIMIZERS[name](plain.parameters())
     g, u = lowbit.Quantizer(COARSE), lowbit.Quantizer(GRID)
     for i in range(4):
         set_gradients(model, i)
@@ -192,7 +196,7 @@ def test_projections_of_attention_have_their_own_blocks(packed: bool, axpy: bool
         step = 0.1 * (grads[i] if grads is not None and i < 3 else 1.0)
         moved = before[name] - step
         if name == "k_proj":
-            assert torch.allclose(after[name], moved, atol=1e-6) and len(after[name].unique()) > 16, "float, but stepped"
+            assert torch.allclose(after[name], moved, atol=1e-6) and len(after[name].unique()) > 16, "float, stepped"
         else:
             assert torch.equal(after[name], lowbit.Quantizer(scaled)(moved)), name
 
@@ -276,7 +280,8 @@ def test_axpy_with_another_optimizer_rounds_its_states_and_weights(name: str) ->
     model, plain = model_of(6, 5), model_of(6, 5)
     grid = QSpec(FP16_169)
     lowbit.apply(model, Recipe("t", Roles(U=grid), update=Update(axpy=True, states=grid)))
-    optimizer, reference = lowbit.attach(model, OPTIMIZERS[name](model.parameters())), OPTIMIZERS[name](plain.parameters())
+    optimizer = lowbit.attach(model, OPTIMIZERS[name](model.parameters()))
+    reference = OPTIMIZERS[name](plain.parameters())
     for i in range(3):
         set_gradients(model, i)
         set_gradients(plain, i)
@@ -289,8 +294,8 @@ def test_axpy_with_another_optimizer_rounds_its_states_and_weights(name: str) ->
                 if value.shape == w.shape:
                     value.copy_(FP16_169.snap(value))
         assert torch.equal(model[0].weight, plain[0].weight)
-        assert all(torch.equal(a, b) for a, b in zip(optimizer.state[model[0].weight].values(),
-                                                      reference.state[plain[0].weight].values(), strict=True))  # fmt: skip
+        states = optimizer.state[model[0].weight].values(), reference.state[plain[0].weight].values()
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 # ---- clip, Glorot ----------------------------------------------------------------------------------------------------
@@ -302,7 +307,8 @@ def test_clip() -> None:
     optimizer = lowbit.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
     model.weight.grad, model.bias.grad = torch.full((3, 4), 5.0), torch.full((3,), 5.0)
     optimizer.step()
-    assert model.weight.tolist() == [[-0.25] * 4] * 3 and float(model.bias.detach().max()) < -4, "biases are not clipped"
+    assert model.weight.tolist() == [[-0.25] * 4] * 3
+    assert float(model.bias.detach().max()) < -4, "biases are not clipped"
 
 
 @pytest.mark.parametrize(("name", "power"), [("sgd", 2), ("adam", 1)])
@@ -311,7 +317,8 @@ def test_glorot_step(name: str, power: int) -> None:
     model, plain = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)
     plain.load_state_dict(model.state_dict())
     lowbit.apply(model, Recipe("t", Roles(W=QSpec(TERNARY)), update=Update(lr_scale="glorot")))
-    optimizer, reference = lowbit.attach(model, OPTIMIZERS[name](model.parameters())), OPTIMIZERS[name](plain.parameters())
+    optimizer = lowbit.attach(model, OPTIMIZERS[name](model.parameters()))
+    reference = OPTIMIZERS[name](plain.parameters())
     before = plain.weight.detach().clone()
     set_gradients(model, 0)
     set_gradients(plain, 0)
@@ -373,7 +380,7 @@ def test_loss_scale_around_a_part_of_a_larger_model() -> None:
     model(batch(0)).sum().backward()
     plain(batch(0)).sum().backward()
     for p, r in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p.grad, r.grad, rtol=0.01, atol=1e-6), "1-6-9 errors, no factor of 1024 anywhere"
+        assert float((p.grad - r.grad).norm() / r.grad.norm()) < 0.01, "1-6-9 errors, no factor of 1024 anywhere"
 
 
 def test_a_parameter_unfrozen_later_is_unscaled_too() -> None:
@@ -506,8 +513,8 @@ def test_learned_parameters_are_stepped_and_never_decay(given: str) -> None:
     model = lowbit.apply(model_of(6, 5, 3), Recipe("t", LSQ))
     learned = [p for n, p in model.named_parameters() if n.endswith("learned")]
     rest = [p for n, p in model.named_parameters() if not n.endswith("learned")]
-    params: Any = {"all": [*rest, *learned], "weights only": rest,
-                   "groups": [{"params": rest, "lr": 0.5}, {"params": learned, "lr": 0.25, "weight_decay": 0.3}]}[given]  # fmt: skip
+    groups = [{"params": rest, "lr": 0.5}, {"params": learned, "lr": 0.25, "weight_decay": 0.3}]
+    params: Any = {"all": [*rest, *learned], "weights only": rest, "groups": groups}[given]
     optimizer = lowbit.attach(model, torch.optim.SGD(params, lr=0.5, weight_decay=0.1, momentum=0.9))
     assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(map(id, [*rest, *learned]))
     model(batch(0))  # steps start from data
@@ -579,7 +586,7 @@ def test_resume_repeats_every_bit(method: str, load_first: bool) -> None:
     lowbit.attach(again, other)
     if not load_first:
         again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
+    other.load_state_dict(copy.deepcopy(saved[1]))  # an optimizer keeps the tensors it is given
     continued(again, other)
     third = lowbit.attach(twin, torch.optim.SGD(twin.parameters(), **fresh()[1].defaults))
     third.load_state_dict(copy.deepcopy(saved[1]))
@@ -610,8 +617,9 @@ def test_what_attach_refuses() -> None:
 
 
 def test_values_a_specification_refuses() -> None:
-    for make, message in ((lambda: LossScale(0.0), "positive; got 0.0"), (lambda: Stage(3, 2), "got 3 to 2"),
-                          (lambda: Stage(0, lr=(0.1, 1.0)), "needs a stop"), (lambda: Product(samples=0), "at least 1")):  # fmt: skip
+    refused = [(lambda: LossScale(0.0), "positive; got 0.0"), (lambda: Stage(3, 2), "got 3 to 2"),
+               (lambda: Stage(0, lr=(0.1, 1.0)), "needs a stop"), (lambda: Product(samples=0), "least 1")]  # fmt: skip
+    for make, message in refused:
         with pytest.raises(ValueError, match=message):
             make()
 

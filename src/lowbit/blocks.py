@@ -61,7 +61,7 @@ def _kept(axes: tuple[str, tuple[int, ...]], ndim: int) -> list[int]:
 
 def _view(x: Tensor, kept: list[int]) -> Tensor:
     order = kept + [d for d in range(x.ndim) if d not in kept]
-    count = math.prod(x.shape[d] for d in kept)
+    count = math.prod([x.shape[d] for d in kept])  # a list: torch.compile breaks its graph at a generator
     if order != list(range(x.ndim)):
         x = x.permute(order)
     return x.reshape(count, math.prod(x.shape[len(kept) :]))

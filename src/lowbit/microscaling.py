@@ -22,8 +22,9 @@ NVFP4 (NVIDIA, 2025, arXiv 2509.25149), with amax over the tensor and amax_b ove
     s = 448 * 6 / amax                    S = E4M3(s * amax_b / 6), saturating
     q = S / s * E2M1(clip(x * s / S, ±6))
 
-A tensor of zeros, and one that holds an infinity, take s = 1 (the infinite block is infinite or NaN); a block whose S is 0 is zero. A block whose S was rounded
-down clips its maximum: 3.0 in a tensor with amax = 10 becomes 2.857. Scales are applied as one float32 number S / s.
+A tensor of zeros, and one that holds an infinity, take s = 1 (the infinite block is infinite or NaN); a block whose S
+is 0 is zero. A block whose S was rounded down clips its maximum: 3.0 in a tensor with amax = 10 becomes 2.857. Scales
+are applied, and stored, as one float32 number S / s.
 
 Groups lie along the axis that the product sums over; `nvfp4(square=True)` is the 16 x 16 block of weights, whose
 quantization commutes with transposition.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from . import attention, huggingface, layers
@@ -197,7 +198,10 @@ def _kind(module: nn.Module) -> tuple[str, type[nn.Module], Layouts] | str | Non
             return f"{cls.__name__} overrides the forward of {base.__name__}"
     if cls.__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None:
         return "linear", layers.transposed_linear(cls), layers.CONV1D
-    if any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+    if isinstance(module, parametrize.ParametrizationList):
+        return None  # what the weight of the module above is made of
+    computed = parametrize.is_parametrized(module)
+    if computed or any(p.dim() >= 2 for p in module.parameters(recurse=False)):
         return f"{cls.__name__} has no quantized version"
     return None
 
@@ -245,7 +249,8 @@ def _no_fast_path(model: nn.Module, undo: list[Callable[[], None]]) -> None:
         for cls, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
                                (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
             if isinstance(module, cls) and getattr(module, name, off) != off:
-                undo.append(lambda m=module, n=name, v=getattr(module, name): setattr(m, n, v))  # type: ignore[misc]
+                before = getattr(module, name)
+                undo.append(lambda m=module, n=name, v=before: setattr(m, n, v))  # type: ignore[misc]
                 setattr(module, name, off)
 
 

@@ -150,7 +150,9 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
 
 
 def _measure(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None) -> dict[tuple[str, str], Tally]:
-    twin = copy.deepcopy(model)
+    # a weight that a hook computes (pruning, the older weight_norm) is no leaf, which deepcopy refuses
+    computed = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
+    twin = copy.deepcopy(model, {id(v): v.detach().clone() for v in computed})
     owner = {id(q): (layer.name, slot) for layer in layers_of(twin).values() for slot, q in layer.slots.items()}
     tallies: dict[tuple[str, str], Tally] = {}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.ops.uniform import next_key
 from lowbit.ops.uniform import uniform as uniform_op
 
 __all__ = ["Stream", "stream_id", "uniform"]
@@ -107,8 +108,14 @@ class Stream(torch.nn.Module):
         return self._advance(0)
 
     def _advance(self, rank: int) -> Tensor:
-        key = self.key.clone()
-        self.key[2] += 1
+        if torch.compiler.is_compiling():
+            # one operator gives both: of a plain copy, the compiler would make another in the backward pass, and by
+            # then the buffer has moved on
+            key, following = next_key(self.key)
+            self.key.copy_(following)
+        else:
+            key = self.key.clone()
+            self.key[2] += 1
         if rank:
             key[0] += _int64(rank * RANK_STRIDE)
         return key

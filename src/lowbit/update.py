@@ -132,23 +132,27 @@ def _check_sgd(optimizer: torch.optim.Optimizer, entries: list[Stored], axpy: bo
 
 def _learned_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Steps and clips in groups of their own, without weight decay."""
-    learned = [p for q in model.modules() if isinstance(q, Quantizer) for p in q.parameters(recurse=False)
-               if p.requires_grad]  # fmt: skip
+    learned = [p for q in quantizers_of(model) for p in q.parameters(recurse=False) if p.requires_grad]
+    names = {id(p): name for name, p in model.named_parameters()}
+    named = "param_names" in optimizer.param_groups[0]
     ids = {id(p) for p in learned}
     missing = dict.fromkeys(p for p in learned)
+
+    def add(params: list[nn.Parameter], settings: dict[str, Any]) -> None:
+        optimizer.add_param_group({"params": [(names[id(p)], p) for p in params] if named else params} | settings)
+
     for group in list(optimizer.param_groups):
         inside = [p for p in group["params"] if id(p) in ids]
         for p in inside:
             missing.pop(p, None)
         if inside and group.get("weight_decay"):
+            if named:
+                kept = [n for n, p in zip(group["param_names"], group["params"], strict=True) if id(p) not in ids]
+                group["param_names"] = kept
             group["params"] = [p for p in group["params"] if id(p) not in ids]
-            rest = {k: v for k, v in group.items() if k not in ("params", "weight_decay", "param_names")}
-            optimizer.add_param_group({"params": inside, "weight_decay": 0.0, **rest})
+            add(inside, {k: v for k, v in group.items() if k not in ("params", "param_names")} | {"weight_decay": 0.0})
     if missing:
-        group = {"params": list(missing)}
-        if "weight_decay" in optimizer.defaults:
-            group["weight_decay"] = 0.0  # type: ignore[assignment]
-        optimizer.add_param_group(group)
+        add(list(missing), {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {})
 
 
 class _Hooks:

@@ -166,8 +166,8 @@ def test_killed_again_and_again(tmp_path):
 def test_killed_from_outside(tmp_path):
     """The command line itself, killed by another process as soon as its metrics reach a step."""
     words = ["train", "--method", "twn", "--data", "digits", "--model", "mlp", "--model-option", "hidden=[16,16]",
-             "--model-option", "batch_norm=true", "--epochs", "3", "--batch-size", "32", "--limit", "200", "--seed", "3",
-             "--checkpoint-every", "4", "--log-every", "1", "--threads", "1", "--device", "cpu",
+             "--model-option", "batch_norm=true", "--epochs", "3", "--batch-size", "32", "--limit", "200",
+             "--seed", "3", "--checkpoint-every", "4", "--log-every", "1", "--threads", "1", "--device", "cpu",
              "--out", str(tmp_path / "run")]  # fmt: skip
     command = [sys.executable, "-c", "from lowbit.cli import main; main()"]
     process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -291,8 +291,11 @@ def test_trains(digits: tuple[Tensor, Tensor], bits: tuple[int, int, int]) -> No
     assert trained(digits, w_bits=w, a_bits=a, e_bits=e) > 0.84
 
 
-@pytest.mark.parametrize(("options", "message"), [({"w_bits": 0}, "w_bits is 1 to 8"), ({"a_bits": 16}, "a_bits"),
-                                                  ({"e_bits": 9}, "e_bits"), ({"g_bits": 4}, "e_bits")])  # fmt: skip
-def test_bad_options(options: dict[str, int], message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"w_bits": 0}, "w_bits is 1 to 8"), ({"a_bits": 16}, "a_bits"), ({"e_bits": 9}, "e_bits"),
+     ({"w_bits": 2.0}, "w_bits"), ({"g_bits": 4}, "e_bits")],
+)  # fmt: skip
+def test_bad_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("dorefa", **options)

@@ -1,5 +1,8 @@
 """Wang et al. (2018): formats of every operand, chunked sums in all three products, the three rounded updates."""
 
+# mypy: disable-error-code="operator,union-attr,index,arg-type,call-arg,return-value,assignment,misc,attr-defined"
+# (attributes of a torch.nn.Module have no precise type)
+
 from __future__ import annotations
 
 import copy
@@ -101,7 +104,8 @@ def test_roles_of_first_inner_and_last_layer() -> None:
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk", "total"), [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048), (4096, 1024)])
+@pytest.mark.parametrize(("chunk", "total"), [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048),
+                                              (4096, 1024)])  # fmt: skip
 def test_adding_one_4096_times(chunk: int, total: int) -> None:
     layer = nn.Linear(4096, 1, bias=False)
     nn.init.ones_(layer.weight)
@@ -132,9 +136,8 @@ def test_three_products_of_an_inner_layer() -> None:
     e = torch.randn(90, 70) * 0.01
     y = layer(x)
     y.backward(e)
-    a, w, b = q8(x.detach().numpy()), q8(layer.weight.detach().numpy()), numbers(layer.bias)
-    err = q8(e.numpy())
-    assert np.array_equal(numbers(y - layer.bias.detach()), (gemm(a, w.T) + b).astype(np.float32) - b.astype(np.float32))
+    a, w, err = q8(x.detach().numpy()), q8(layer.weight.detach().numpy()), q8(e.numpy())
+    assert np.array_equal(numbers(y), numbers(torch.tensor(gemm(a, w.T), dtype=torch.float32) + layer.bias))
     assert np.array_equal(numbers(x.grad), gemm(err, w))
     assert np.array_equal(numbers(layer.weight.grad), gemm(err.T, a))
     assert np.abs(numbers(layer.weight.grad) - err.T @ a).max() > 0, "and that is not the exact product"

@@ -1,4 +1,7 @@
-"""Gupta et al. (2015): Convert against rational arithmetic, the lost update, and stochastic against nearest training."""
+"""Gupta et al. (2015): Convert against rational arithmetic, the lost update, stochastic against nearest rounding."""
+
+# mypy: disable-error-code="operator,union-attr,index,arg-type,call-arg,return-value,assignment,misc"
+# (attributes of a torch.nn.Module have no precise type)
 
 from __future__ import annotations
 
@@ -133,8 +136,8 @@ def test_three_products_and_their_conversions() -> None:
     grads = [p.grad.double().numpy() for p in model.parameters()]
     assert np.allclose(grads[0], e1.T @ a0, rtol=0, atol=1e-6), "float32 sums of grid values"
     assert np.array_equal(grads[1], e1.sum(0)) and np.allclose(grads[2], e2.T @ h, rtol=0, atol=1e-6)
-    assert np.allclose(grads[3], e.double().numpy().sum(0), rtol=0, atol=1e-6), "the last bias: errors as the loss gives"
-    assert np.array_equal(x.grad.double().numpy(), r(e1 @ w[0])), "identity, saturated inputs too; converted as it leaves"
+    assert np.allclose(grads[3], e.double().numpy().sum(0), rtol=0, atol=1e-6), "last bias: errors as the loss gives"
+    assert np.array_equal(x.grad.double().numpy(), r(e1 @ w[0])), "no mask, and converted as it leaves"
 
 
 def test_saturated_elements_keep_their_gradient() -> None:
@@ -170,7 +173,7 @@ def test_lost_update(rounding: str) -> None:
     for _ in range(40):
         model.weight.grad = torch.full_like(model.weight, -(2.0**-12))
         optimizer.step()
-    moved = float(model.weight.double().mean()) - 0.5
+    moved = float(model.weight.detach().double().mean()) - 0.5
     if rounding == "nearest":
         assert moved == 0, "a quarter of a step is lost for ever"
     else:  # 40 draws of 2^-10 with probability 1/4, mean 2^-12 each

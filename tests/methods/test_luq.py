@@ -409,7 +409,7 @@ def test_first_and_last_layer_are_float() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"levels": 0}, "levels is K"), ({"levels": "loose"}, "'strict'"), ({"levels": 2.5}, "levels is K"),
-     ({"rounding": "nearst"}, "did you mean 'nearest'"), ({"samples": 0}, "at least 1"),
+     ({"rounding": "nearst"}, "did you mean 'nearest'"), ({"samples": 0}, "at least 1"), ({"samples": 1.5}, "integer"),
      ({"samples": 2, "rounding": "nearest"}, "random"), ({"eta": 1.0}, "eta"), ({"fnt_steps": 3}, "fnt_start"),
      ({"fnt_start": 3}, "fnt_steps"), ({"fnt_steps": -1}, "fnt_steps"),
      ({"fnt_start": 0, "fnt_steps": 3, "lr_final": 0.1, "lr_base": 0.0}, "lr_base")],

@@ -137,10 +137,11 @@ def show_table(head: list[str], rows: list[list[str]], title: str | None = None,
 
 
 def bar() -> Progress:
-    """A progress bar on standard error."""
+    """A progress bar on standard error; nothing where that is no terminal."""
+    console = Console(stderr=True)
     return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
                     TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                    console=Console(stderr=True), transient=True)  # fmt: skip
+                    console=console, transient=True, disable=not console.is_terminal)  # fmt: skip
 
 
 def figures(event: dict[str, Any], unit: str) -> str:
@@ -447,7 +448,8 @@ def compare(
     held = _load(config, folder)
     with usage():
         for name, own in asked:
-            loop.resolve(loop.dataclasses.replace(config, method=name, options=own), held)
+            for seed in numbers:
+                loop.resolve(loop.dataclasses.replace(config, method=name, options=own, seed=seed), held)
     unit = "%" if held.task == "classification" else ""
     with bar() as progress:
         task = progress.add_task("starting", total=len(asked) * len(numbers), figures="")

@@ -134,7 +134,7 @@ def compare(methods: Sequence[tuple[str, dict[str, Any]]], config: Config, data:
         progress: told of every step.
 
     Raises:
-        ValueError: two methods of one name and options, or no seed.
+        ValueError: two methods of one name and options, no seed, or another process is at work in `folder`.
     """
     folder = Path(folder)
     keys = [key_of(*m) for m in methods]
@@ -142,7 +142,7 @@ def compare(methods: Sequence[tuple[str, dict[str, Any]]], config: Config, data:
         raise ValueError(f"compare needs methods and seeds, each once; got {', '.join(keys)} and {list(seeds)}")
     folder.mkdir(parents=True, exist_ok=True)
     reference = resolve(dataclasses.replace(config, method="fp32", options={}, recipe=None, criterion=None), data)
-    with torch_settings(reference):
+    with Run(folder).writing(), torch_settings(reference):
         results = _compare(methods, keys, config, reference, data, seeds, folder, command, measure, progress)
     write_json(folder / "results.json", results)
     return results
@@ -300,8 +300,8 @@ def histograms(model: nn.Module, x: Tensor, loss: Callable[[Any], Tensor]) -> li
     twin = copy.deepcopy(model)
     products = {n: m for n, m in twin.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     quantized = layers_of(twin)
-    order = [n for n, _ in twin.named_modules() if n in products or n in quantized]
-    order += [n for n in quantized if n not in order]  # parts of an attention module
+    place = {n: i for i, (n, _) in enumerate(twin.named_modules())}
+    order = sorted({**products, **quantized}, key=lambda n: place.get(n, place.get(n.rpartition(".")[0], -1)))
     chosen = set(spread_out(order, LAYERS))
     owner = {id(q): (name, slot) for name, layer in quantized.items() for slot, q in layer.slots.items()}
     found: dict[tuple[str, str], dict[str, Any]] = {}

@@ -15,8 +15,8 @@ f (1 - f) (2 m / n)^2 with f the fraction of (n / 2) (e / m + 1). A gradient of 
 probability 1/2. Where the formulas divide zero by zero, a sample's gradient that is 0 throughout stays 0, and weights
 that are get quantize_k(1/2): 1 / n each, or 0 with k = 1, whose scale vanishes.
 
-One scale for a weight tensor; E is quantized as it enters the backward pass of a layer, before that of a batch
-normalization behind it comes. Both draws of E, into the input's and the weights' gradient, are the same. Clipping to
+One scale for a weight tensor. E is the gradient of a convolution's own output, as it leaves the batch normalization
+behind it on the way back; one draw of it enters both backward products. Clipping to
 [0, 1] takes the place of the ReLU; one in the model changes nothing. The first layer stays float, its input and E
 included; the last keeps float W and E, and its input is clipped to [0, 1] but not rounded, as in the released nets:
 `quantize_ends=True` treats both as all others. 32 bits are float; with `a_bits=32` nothing is clipped and the model's
@@ -66,7 +66,7 @@ class UnitClip(Quantizer, kind="dorefa_clip"):
 )
 def dorefa(w_bits: int = 1, a_bits: int = 2, e_bits: int = 6, quantize_ends: bool = False) -> Recipe:
     for name, bits in (("w_bits", w_bits), ("a_bits", a_bits), ("e_bits", e_bits)):
-        if bits not in (*range(1, 9), 32):
+        if not isinstance(bits, int) or bits not in (*range(1, 9), 32):
             raise ValueError(f"{name} is 1 to 8, or 32 for float; got {bits!r}")
 
     weight = activation = error = None

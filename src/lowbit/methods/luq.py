@@ -121,6 +121,8 @@ def luq(
     words = ("stochastic", "nearest", "prune_nearest")
     if rounding not in words:
         raise ValueError(f"unknown rounding {rounding!r}; {nearest(rounding, words)}")
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples is an integer of at least 1; got {samples!r}")
     if samples > 1 and rounding == "nearest":
         raise ValueError(f"samples={samples} needs a random rounding; nearest gives the same draw each time")
     if not 0 <= eta < 1:

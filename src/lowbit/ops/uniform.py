@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backends import declare
 
-__all__ = ["philox", "uniform", "uniform_reference"]
+__all__ = ["next_key", "philox", "uniform", "uniform_reference"]
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al., table 2
@@ -93,3 +93,18 @@ def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     """
     _check(key)
     return torch.ops.lowbit.uniform(key, list(shape))
+
+
+@torch.library.custom_op("lowbit::next_key", mutates_args=())
+def next_key(key: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of a key, and the key of the step after it."""
+    _check(key)
+    following = key.clone()
+    following[2] += 1
+    return key.clone(), following
+
+
+@next_key.register_fake
+def _(key: Tensor) -> tuple[Tensor, Tensor]:
+    _check(key)
+    return torch.empty_like(key), torch.empty_like(key)
