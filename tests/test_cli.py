@@ -193,7 +193,8 @@ def test_compare_refuses(cli, tmp_path, words, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bench(cli):
+def test_bench(cli, monkeypatch):
+    monkeypatch.setattr("lowbit.lab.bench.SIZES", (64,))
     before = torch.get_num_threads()
     status, text, _ = cli("bench", "--model", "mlp", "--methods", "twn", "--rounds", "1", "--batch-size", "4",
                           "--threads", "1", "--json")  # fmt: skip

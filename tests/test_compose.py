@@ -39,7 +39,8 @@ def with_error(forward: lowbit.Recipe, other: lowbit.Recipe) -> lowbit.Recipe:
     roles = put(forward.roles)
     assert roles is not None
     rules = tuple(dataclasses.replace(r, roles=put(r.roles)) for r in forward.rules)
-    return dataclasses.replace(forward, name=f"{forward.name}+{other.name}", roles=roles, products=products, rules=rules)
+    name = f"{forward.name}+{other.name}"
+    return dataclasses.replace(forward, name=name, roles=roles, products=products, rules=rules)
 
 
 def train(recipe: lowbit.Recipe, steps: int = 150) -> tuple[nn.Module, float]:

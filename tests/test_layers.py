@@ -370,7 +370,8 @@ OVERRIDES = Products(Product(), Product(right=SR4), Product(left=SR4, right=SR4,
 
 @pytest.mark.parametrize("how", ["reentrant", "saved"])
 @pytest.mark.parametrize("recipe", [NOISE, Recipe("t", Roles(W=SR4, A=TRACKED, E=SR4)),
-                                    Recipe("h", Roles(A=PAST, W=SR4)), Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES)],
+                                    Recipe("h", Roles(A=PAST, W=SR4)),
+                                    Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES)],
                          ids=["noise", "average", "history", "overrides"])  # fmt: skip
 def test_activation_checkpointing_changes_no_bit(how, recipe):
     plain = lowbit.apply(Twice(), recipe)

@@ -346,7 +346,7 @@ def test_a_shared_module_is_converted_once():
 
 
 @spec
-class Breaks(Step):
+class ChangesThenFails(Step):
     """Changes a weight, then fails."""
 
     def run(self, model, layers):
@@ -361,7 +361,7 @@ class Breaks(Step):
     (Recipe("r", Roles(W=QSpec(Int(4), PerAxis(3), lowbit.Learned(7), backward=lowbit.LearnedStep()))), ValueError),
     (Recipe("r", Roles(W=QSpec(Int(4), kind="nothing"))), ValueError),
     (Recipe("r", Roles(W=INT8), swaps=(Swap("ReLU", "Nothing"),)), ValueError),
-    (Recipe("r", Roles(W=INT8, A=INT8), swaps=(Swap("ReLU", "GELU"),), steps=(Breaks(),)), KeyError),
+    (Recipe("r", Roles(W=INT8, A=INT8), swaps=(Swap("ReLU", "GELU"),), steps=(ChangesThenFails(),)), KeyError),
     (Recipe("r", Roles(W=INT8), layers=("embedding",)), ValueError),
     (Recipe("r", Roles(W=INT8), rules=(Rule(roles=Roles()),)), ValueError),
     ("twn", TypeError),
@@ -388,7 +388,7 @@ def test_a_failed_apply_gives_attention_back():
     with pytest.raises(
         AttributeError
     ):  # nn.TransformerEncoderLayer has no weight: the step breaks after the conversion
-        lowbit.apply(model, Recipe("r", Roles(W=INT8, A=INT8), layers=ALL, steps=(Breaks(),)))
+        lowbit.apply(model, Recipe("r", Roles(W=INT8, A=INT8), layers=ALL, steps=(ChangesThenFails(),)))
     assert type(model[0].self_attn) is nn.MultiheadAttention and model[0].activation_relu_or_gelu == 1
     assert torch.equal(model(x), output)
 

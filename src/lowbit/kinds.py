@@ -12,12 +12,13 @@ __all__ = ["Pact", "TanhMax"]
 
 
 class TanhMax(Quantizer, kind="tanh_max"):
-    """DoReFa-Net's weights (Zhou et al. 2016, arXiv 1606.06160, eq. 9), for `Even(k)` with k >= 2, n = 2^k - 1:
+    """DoReFa-Net's weights (Zhou et al. 2016, arXiv 1606.06160, eq. 9), for `Even(k)`, k >= 2, n = 2^k - 1:
 
         w -> tanh(w) / max|tanh(w)|  in [-1, 1],  then the nearest of the odd multiples of 1/n
 
-    which is 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1. The gradient passes through tanh and through the
-    maximum: the weight that holds it gets a term from all others. The scale is 1/n; `QSpec.scale` is not used.
+    which is 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1. The gradient passes through tanh and through
+    the maximum: the weight that holds it gets a term from all others. The scale is 1/n; `QSpec.scale` is not
+    used.
     """
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ class TanhMax(Quantizer, kind="tanh_max"):
 
 
 class Pact(Quantizer, kind="pact"):
-    """PACT's activations (Choi et al. 2018, arXiv 1805.06085): a `Learned` clip with the `LearnedClip` gradient, whose
-    penalty is decay / 2 * clip^2. `params["decay"]`: lambda of the paper's section 3."""
+    """PACT's activations (Choi et al. 2018, arXiv 1805.06085): a `Learned` clip with the `LearnedClip` gradient,
+    whose penalty is decay / 2 * clip^2. `params["decay"]`: lambda of the paper's section 3."""
 
     def penalty(self) -> Tensor | None:
         # before the first batch there is no clip yet

@@ -17,8 +17,9 @@ __all__ = ["Spread", "StoreOnGrid"]
 
 @spec
 class Spread(Step):
-    """Each layer's weights times a positive number that makes the largest magnitude `high`: a uniform start becomes
-    U(-high, high), the start of BinaryConnect (Courbariaux et al. 2015, arXiv 1511.00363), and no sign changes."""
+    """Each layer's weights times a positive number that makes the largest magnitude `high`: a uniform start
+    becomes U(-high, high), the start of BinaryConnect (Courbariaux et al. 2015, arXiv 1511.00363), and no sign
+    changes."""
 
     high: float = 1.0
 

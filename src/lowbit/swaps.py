@@ -17,7 +17,8 @@ class _ShiftNorm(torch.autograd.Function):
     """y = ap2(gamma) * (x - mean) * ap2(istd) + beta; in training `mean` and `istd` are those of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, istd: Tensor, training: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, istd: Tensor,
+                training: bool) -> Tensor:  # fmt: skip
         wide = (1, -1, *[1] * (x.ndim - 2))
         centred = x - mean.reshape(wide)
         inverse, slope = ap2(istd).reshape(wide), ap2(gamma).reshape(wide)
@@ -45,7 +46,8 @@ class ShiftBatchNorm(nn.Module):
 
     Backward as the authors' release, c = ap2(C):
 
-        dL/dx = inv ap2(gamma) (g - mean(g) - c inv^2 mean(c g))      dL/dgamma = sum ap2(C inv) g      dL/dbeta = sum g
+        dL/dx = inv ap2(gamma) (g - mean(g) - c inv^2 mean(c g))
+        dL/dgamma = sum ap2(C inv) g             dL/dbeta = sum g
 
     The running values are those of the mean and of 1 / sqrt(var + eps) before ap2, r <- (1 - m) r + m * batch with
     m = 0.125. A checkpoint of an ordinary batch norm loads; its variance becomes 1 / sqrt(var + eps).
@@ -78,7 +80,8 @@ class ShiftBatchNorm(nn.Module):
         mean, istd = self.running_mean, self.running_istd
         if self.training:
             if x.numel() <= self.num_features:
-                raise ValueError(f"batch norm needs more than one value per channel in training; got {tuple(x.shape)}")
+                shape = tuple(x.shape)
+                raise ValueError(f"batch norm needs more than one value per channel in training; got {shape}")
             with torch.no_grad():
                 axes = [d for d in range(x.ndim) if d != 1]
                 mean = y.mean(axes)

@@ -69,7 +69,8 @@ CONVS = {
 def test_convolutions_sum_integers_exactly_and_agree_with_float64(name: str) -> None:
     layer, groups, transposed = CONVS[name]
     torch.manual_seed(1)
-    x = torch.randn(4, 6, 9, 8) * torch.logspace(-2, 2, 4).reshape(4, 1, 1, 1) * torch.logspace(-1, 1, 6).reshape(6, 1, 1)
+    x = torch.randn(4, 6, 9, 8) * torch.logspace(-2, 2, 4).reshape(4, 1, 1, 1)
+    x *= torch.logspace(-1, 1, 6).reshape(6, 1, 1)
     e = torch.randn_like(layer(x)) * torch.logspace(-1, 1, layer.out_channels).reshape(-1, 1, 1)
     nn.init.normal_(layer.weight)
     got = run(layer, x, e, accumulate="int32", **NEAREST)
@@ -138,9 +139,9 @@ def test_products_that_are_not_named_are_float_to_the_bit(products: tuple[str, .
     y = plain(t)
     y.backward(e)
     got = run(layer, x, e, products=products)
-    for name, value, exact in zip(("out", "grad_a", "grad_w"), got, (y, t.grad, plain.weight.grad), strict=True):
+    for name, value, exact in zip(("out", "grad_a", "grad_w"), got, (y.detach(), t.grad, plain.weight.grad), strict=True):
         if name in products:
-            distance = float((value - exact).norm() / exact.norm().detach())  # type: ignore
+            distance = float((value - exact).norm() / exact.norm())
             assert 1e-3 < distance < 0.03, (name, distance)
         else:
             torch.testing.assert_close(value, exact, rtol=1e-6, atol=1e-6)
@@ -186,12 +187,13 @@ def test_gradients_are_unbiased_and_the_two_products_draw_on_their_own() -> None
     model = lowbit.apply(nn.Sequential(layer), lowbit.create("int8", products=("grad_a", "grad_w")))
     t = x.clone().requires_grad_()
     draws: list[list[Tensor]] = [[], []]
-    for _ in range(3000):
+    for _ in range(1500):
         t.grad = layer.weight.grad = None
         model(t).backward(e)
         draws[0].append(t.grad)  # type: ignore[arg-type]
         draws[1].append(layer.weight.grad)  # type: ignore[arg-type]
-    w_grid, a_grid = (torch.tensor(c * s) for c, s in (codes(layer.weight.detach().numpy(), (0,)), codes(x.numpy(), (0,))))
+    columns = codes(layer.weight.detach().numpy(), (0,)), codes(x.numpy(), (0,))
+    w_grid, a_grid = (torch.tensor(c * s) for c, s in columns)
     for samples, exact in zip(draws, (e @ w_grid.float(), e.t() @ a_grid.float()), strict=True):
         stacked = torch.stack(samples).double()
         error = stacked.std(0) / len(samples) ** 0.5
@@ -262,11 +264,21 @@ def test_a_compiled_model_trains_as_the_eager_one() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_trains_as_eager() -> None:
-    losses = []
+def test_inductor_draws_the_same_random_numbers_as_eager() -> None:
+    x, y = torch.rand(64, 64), torch.arange(64) % 10
+    weights = []
     for compiled in (False, True):
-        model = lowbit.apply(network(), lowbit.create("int8"))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        lowbit.apply(model, lowbit.create("int8"))
         torch._dynamo.reset()
-        losses.append(train(model, torch.compile(model, fullgraph=True) if compiled else model, 4))
-    # the generated code sums batch norm in another order: a code at a rounding boundary may flip
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(forward(x), y).backward()
+            optimizer.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    # another order of a float sum may move a value across a rounding boundary, other random numbers move half of them
+    for a, b in zip(*weights, strict=True):
+        assert float((a - b).abs().max() / a.abs().max()) < 1e-4

@@ -57,7 +57,6 @@ def test_values_clip_and_mask_equal_the_formulas_in_float64(levels: str, bits: i
 
 
 def test_ties_of_the_set_with_zero_go_to_the_even_multiple() -> None:
-    # w = +-1, +-.5 and zeros with mean|w| and rms such that alpha = 1 exactly is impossible; scale a tie instead
     q = weight(4, "zero")
     w = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step = clip(w, 4, "zero") / 7

@@ -1,9 +1,9 @@
 """INT8 training: the three products of every layer on int8 codes, with scales of the moment.
 
-This is what practitioners use: `int8_mixed_precision` of torchao (2024), which follows AQT (arXiv 2105.03536) and
-SwitchBack (arXiv 2304.13013). Weights, optimizer and all that lies between the layers stay in float.
+This is what practitioners use: `int8_mixed_precision` of torchao (2024), which follows AQT (arXiv 2105.03536)
+and SwitchBack (arXiv 2304.13013). Weights, optimizer and all that lies between the layers stay in float.
 
-    scale = max|x| / 127 of a row or channel        code = round(x / scale), -127 to 127        gradient: identity
+    scale = max|x| / 127 of a row or channel      code = round(x / scale), -127 to 127      gradient: identity
 
 | product  | left operand                               | right operand                         |
 |----------|--------------------------------------------|---------------------------------------|
@@ -11,21 +11,23 @@ SwitchBack (arXiv 2304.13013). Weights, optimizer and all that lies between the 
 | `grad_a` | E per row, stochastic rounding             | W per input channel, encoded anew     |
 | `grad_w` | E per output channel, stochastic, anew     | A per input channel, encoded anew     |
 
-A row is a token (linear) or a sample (convolution). A scale leaves a sum only if it is constant along it, hence the
-second encoding: codes with row scales can't be transposed. Nothing is tracked and nothing is learned; evaluation scales
-by the batch at hand as well. With `layers=("linear", "conv", "attention")` attention products are taken too.
+A row is a token (linear) or a sample (convolution). A scale leaves a sum only if it is constant along it,
+hence the second encoding: codes with row scales can't be transposed. Nothing is tracked and nothing is
+learned; evaluation scales by the batch at hand as well. With `layers=("linear", "conv", "attention")`
+attention products are taken too.
 
-- `stochastic=False` rounds E to nearest, as torchao does, which found noise unnecessary. The default keeps gradients
-  unbiased.
-- `products` names those in int8; the others see the float tensors. If convergence suffers, leave out `grad_w`, then
-  `grad_a`. ("out",) is quantization-aware training for dynamic W8A8; ("out", "grad_a") is close to SwitchBack, which
-  has one scale for all of W.
+- `stochastic=False` rounds E to nearest, as torchao does, which found noise unnecessary. The default keeps
+  gradients unbiased.
+- `products` names those in int8; the others see the float tensors. If convergence suffers, leave out
+  `grad_w`, then `grad_a`. ("out",) is quantization-aware training for dynamic W8A8; ("out", "grad_a") is
+  close to SwitchBack, which has one scale for all of W.
 - `first=False`, `last=False` leave the first or the last layer in float (language models: the head).
-- `accumulate="int32"` multiplies codes and sums them exactly, then scales; `"float32"` multiplies and sums the real
-  values. They differ by the rounding of float sums only. `"auto"` takes int32 for linear layers and float32 for the
-  others. That is what is fast: on one core of the reference CPU a training step of two 2048 x 2048 layers takes 0.26 s
-  in int32, 0.63 s in float32 and 0.56 s in PyTorch's own float; two 3x3 convolutions of 64 channels 0.23, 0.11 and
-  0.08 s, because patches are copied before an integer product. Below about 1000 features nothing is gained.
+- `accumulate="int32"` multiplies codes and sums them exactly, then scales; `"float32"` multiplies and sums
+  the real values. They differ by the rounding of float sums only. `"auto"` takes int32 for linear layers and
+  float32 for the others. That is what is fast: on one core of the reference CPU a training step of two 2048 x
+  2048 layers takes 0.26 s in int32, 0.63 s in float32 and 0.56 s in PyTorch's own float; two 3x3 convolutions
+  of 64 channels 0.23, 0.11 and 0.08 s, because patches are copied before an integer product. Below about 1000
+  features nothing is gained.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from . import Card, method
 __all__ = ["int8"]
 
 PRODUCTS = ("out", "grad_a", "grad_w")
+ACCUMULATORS = ("auto", "int32", "float32")
 FLOAT = Product(left=Keep(), right=Keep())
 
 
@@ -54,7 +57,8 @@ def _int8(blocks: Blocks, stochastic: bool = False) -> QSpec:
 
 @method(
     Card(
-        name="int8", title="INT8 mixed-precision training", year=2024, arxiv="github.com/pytorch/ao", area="training",
+        name="int8", title="INT8 mixed-precision training", year=2024, arxiv="github.com/pytorch/ao",
+        area="training",
         headline=("Llama2-1B on C4, 20k steps: validation loss 2.90 in INT8, 2.97 in BF16",
                   "Llama2-1B on one RTX 4090: 29k tokens a second in INT8, 17k in BF16"),
     )  # fmt: skip
@@ -67,8 +71,8 @@ def int8(products: Sequence[str] = PRODUCTS, stochastic: bool = True, first: boo
             raise ValueError(f"unknown product {name!r}; {nearest(name, PRODUCTS)}")
     if not names:
         raise ValueError(f"products is empty: name at least one of {', '.join(PRODUCTS)}")
-    if accumulate not in ("auto", "int32", "float32"):
-        raise ValueError(f"unknown accumulator {accumulate!r}; {nearest(accumulate, ('auto', 'int32', 'float32'))}")
+    if accumulate not in ACCUMULATORS:
+        raise ValueError(f"unknown accumulator {accumulate!r}; {nearest(accumulate, ACCUMULATORS)}")
     out, grad_a, grad_w = (name in names for name in PRODUCTS)
     row, channel = _int8(PerRow()), _int8(PerChannel())
 
@@ -81,7 +85,8 @@ def int8(products: Sequence[str] = PRODUCTS, stochastic: bool = True, first: boo
 
     return Recipe(
         "int8",
-        Roles(W=row if out else None, A=row if out else None, E=_int8(PerRow(), stochastic) if grad_a else None),
+        Roles(W=row if out else None, A=row if out else None,
+              E=_int8(PerRow(), stochastic) if grad_a else None),
         with_sums(Int32() if accumulate == "int32" else None),
         rules=(*([Rule(type="linear", products=with_sums(Int32()))] if accumulate == "auto" else []),
                *float_ends(not first, not last)),

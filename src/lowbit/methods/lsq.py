@@ -8,14 +8,16 @@ One step s for the weights and one for the input of each layer, with z = v / s:
                dL/ds is multiplied by g = 1 / sqrt(N Qp)
     start      s = 2 mean|v| / sqrt(Qp)
 
-Weights: Qn = -2^(b-1), Qp = 2^(b-1) - 1, N the weights of the layer. Activations: Qn = 0, Qp = 2^b - 1, N the features
-of one sample. A layer whose first batch has negative values gets the signed grid for its input, for good. Steps start
-from the first forward pass in training (or `calibrate`), so load the trained float weights before: the paper starts
-from them and quantizes from step 0. First and last layer have 8 bits for both tensors.
+Weights: Qn = -2^(b-1), Qp = 2^(b-1) - 1, N the weights of the layer. Activations: Qn = 0, Qp = 2^b - 1, N the
+features of one sample. A layer whose first batch has negative values gets the signed grid for its input, for
+good. Steps start from the first forward pass in training (or `calibrate`), so load the trained float weights
+before: the paper starts from them and quantizes from step 0. First and last layer have 8 bits for both
+tensors.
 
-Steps are trained by the optimizer of the weights at the same learning rate; `attach` keeps them out of weight decay
-(the paper does not say; this is common practice), and a step that an update makes negative counts as the smallest
-positive number. The paper's weight decay falls with the bits: 1e-4 for 4 and 8, 0.5e-4 for 3, 0.25e-4 for 2 bits.
+Steps are trained by the optimizer of the weights at the same learning rate; `attach` keeps them out of weight
+decay (the paper does not say; this is common practice), and a step that an update makes negative counts as
+the smallest positive number. The paper's weight decay falls with the bits: 1e-4 for 4 and 8, 0.5e-4 for 3,
+0.25e-4 for 2 bits.
 """
 
 from __future__ import annotations
@@ -64,5 +66,5 @@ def lsq(bits: int = 4, ends: int | None = 8) -> Recipe:
         if given is not None and not 2 <= given <= 8:
             allowed = "2 to 8" if name == "bits" else "2 to 8, or None for the bits of all layers"
             raise ValueError(f"LSQ has {name}={allowed}; got {given!r}")
-    rules = () if ends is None else (Rule(where="first", roles=_roles(ends)), Rule(where="last", roles=_roles(ends)))
-    return Recipe("lsq", _roles(bits), rules=rules)
+    eight = _roles(bits if ends is None else ends)
+    return Recipe("lsq", _roles(bits), rules=(Rule(where="first", roles=eight), Rule(where="last", roles=eight)))

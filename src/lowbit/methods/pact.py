@@ -1,27 +1,28 @@
-"""PACT, parameterized clipping activation (Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan, 2018,
-arXiv 1805.06085).
+"""PACT, parameterized clipping activation (Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan,
+2018, arXiv 1805.06085).
 
 Activations, with a clip alpha learned for each layer and n = 2^k - 1:
 
-    forward    y = 0.5 (|x| - |x - alpha| + alpha) = clip(x, 0, alpha)          yq = round(y n / alpha) alpha / n
+    forward    y = 0.5 (|x| - |x - alpha| + alpha) = clip(x, 0, alpha)     yq = round(y n / alpha) alpha / n
     backward   dyq/dx = 1 on [0, alpha), else 0          dyq/dalpha = 1 where x >= alpha, else 0
     loss       + lambda / 2 * alpha^2 for each clip: add `lowbit.penalty(model)` to the loss
 
-The gradient of alpha is the plain sum, and has no term from inside the range although alpha scales the grid there (that
-term makes PACT+). Alpha starts at 10, above what activations reach, and the penalty shrinks it. `attach` keeps alpha
-out of weight decay, so the penalty is counted once; the paper sets lambda to the weight decay, 2e-4 on CIFAR-10.
+The gradient of alpha is the plain sum, and has no term from inside the range although alpha scales the grid
+there (that term makes PACT+). Alpha starts at 10, above what activations reach, and the penalty shrinks it.
+`attach` keeps alpha out of weight decay, so the penalty is counted once; the paper sets lambda to the weight
+decay, 2e-4 on CIFAR-10.
 
 Weights are DoReFa-Net's, k bits for each layer; first and last layer stay in float:
 
     wq = 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1
 
-`ends=8` gives the first and last layer 8 bits (table 2). The input of the network is no output of a ReLU and may be
-negative: there it is rounded to signed 8 bits with step max|x| / 127.
+`ends=8` gives the first and last layer 8 bits (table 2). The input of the network is no output of a ReLU and
+may be negative: there it is rounded to signed 8 bits with step max|x| / 127.
 
-Differences from the paper: the quantizer stands at the input of each layer, after the ReLU it replaces (which changes
-nothing: min(ReLU(x), alpha) = PACT(x)), so two layers that read one activation have a clip each, and an identity
-shortcut carries the values in float. Inputs that are negative for another reason (after GELU or SiLU, or of a linear
-bottleneck) are cut off at 0; the paper has no such layers.
+Differences from the paper: the quantizer stands at the input of each layer, after the ReLU it replaces (which
+changes nothing: min(ReLU(x), alpha) = PACT(x)), so two layers that read one activation have a clip each, and
+an identity shortcut carries the values in float. Inputs that are negative for another reason (after GELU or
+SiLU, or of a linear bottleneck) are cut off at 0; the paper has no such layers.
 """
 
 from __future__ import annotations

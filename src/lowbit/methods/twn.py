@@ -4,11 +4,12 @@
     forward   q = alpha * sign(w) where |w| > delta, else 0
     backward  dL/dw = dL/dq
 
-The threshold is strict. One alpha and delta for each layer, as the original release; `blocks=PerAxis(0)` gives one for
-each filter, as the later release does. First and last layer are ternary too. The latent weights are not clipped.
+The threshold is strict. One alpha and delta for each layer, as the original release; `blocks=PerAxis(0)`
+gives one for each filter, as the later release does. First and last layer are ternary too. The latent weights
+are not clipped.
 
-`exact=True` solves the problem that 0.7 approximates: the k largest magnitudes are kept, with the k that maximizes
-(their sum)^2 / k and so has the least squared error (sorting, O(n log n)).
+`exact=True` solves the problem that 0.7 approximates: the k largest magnitudes are kept, with the k that
+maximizes (their sum)^2 / k and so has the least squared error (sorting, O(n log n)).
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def _smallest_kept(a: Tensor) -> Tensor:
                   "ImageNet, ResNet-18: 61.8 % ternary, 65.4 % float, 57.5 % binary"),
     )  # fmt: skip
 )
-def twn(threshold: float = 0.7, blocks: Blocks = PerTensor(), exact: bool = False) -> Recipe:  # noqa: B008  (frozen)
+def twn(threshold: float = 0.7, blocks: Blocks = PerTensor(), exact: bool = False) -> Recipe:  # noqa: B008
     if not threshold >= 0:
         raise ValueError(f"the threshold is a multiple of mean|w| and not negative; got {threshold}")
-    weight = QSpec(TERNARY, blocks, kind="twn", backward=PassThrough(), params={"threshold": None if exact else threshold})
+    params = {"threshold": None if exact else threshold}
+    weight = QSpec(TERNARY, blocks, kind="twn", backward=PassThrough(), params=params)
     return Recipe("twn", Roles(W=weight))
