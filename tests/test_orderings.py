@@ -39,7 +39,7 @@ def train(model: nn.Module, data, count: int, lr: float = 0.05, momentum: float 
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return sum(losses[-count // 10 :]) / (count // 10)
 
 

@@ -46,13 +46,19 @@ class Coded:
     """What the tensor was divided by for good, where the method drops a scale: scale * grid is near x / divisor."""
 
 
+def as_output(x: Tensor) -> Tensor:
+    """An input of an autograd function as its output. torch.compile takes a view of an input for the input itself and
+    forgets the function's gradient, so it gets a copy, which it fuses away."""
+    return x.clone() if torch.compiler.is_compiling() else x.view_as(x)
+
+
 class _Masked(torch.autograd.Function):
     """Forward `q`, backward `grad * mask` to `x` (mask None: 1)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        return q.view_as(q)
+        return as_output(q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -69,7 +75,7 @@ class _Step(torch.autograd.Function):
                 high: float, gain: float) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, grid, step)
         ctx.bounds = low, high, gain
-        return q.view_as(q)
+        return as_output(q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -89,7 +95,7 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, clip: Tensor) -> Tensor:
         ctx.save_for_backward(x, clip)
-        return q.view_as(q)
+        return as_output(q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

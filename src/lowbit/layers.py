@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import blocks as B
 from .accumulate import Operand, multiply
-from .backward import Coded
+from .backward import Coded, as_output
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import QSpec, QTensor, Quantizer
 from .recipe import Int32, Keep, Products, Roles, Stage
@@ -290,7 +290,7 @@ class _QuantizeGrad(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer, key: Tensor | None) -> Tensor:
         ctx.quantizer = quantizer
         ctx.save_for_backward(key)
-        return x.view_as(x)
+        return as_output(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from . import attention, huggingface, layers
+from .backward import as_output
 from .control import Control, Left, control_of, find_control, layers_of, quantizers_of
 from .layers import LayerQuant, Layouts
 from .quantizer import Quantizer
@@ -359,7 +360,7 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, divide: bool) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.divide = divide
-        return x.view_as(x)
+        return as_output(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

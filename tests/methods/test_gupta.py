@@ -240,12 +240,17 @@ def test_formats() -> None:
         assert recipe.roles.W == recipe.roles.E == recipe.roles.G == recipe.roles.U
         return recipe.roles.W.format, recipe.roles.A.format
 
-    assert grids() == (Fixed(4, 12), Fixed(4, 12))
+    assert grids() == (Fixed(4, 12), Fixed(8, 8))
     assert grids(fl=14) == (Fixed(2, 14), Fixed(2, 14))
     assert grids(wl=20, fl=14) == (Fixed(6, 14), Fixed(6, 14))
     assert grids(il=3, fl=4) == (Fixed(3, 4), Fixed(3, 4))
     assert grids(wl=12, il=4) == (Fixed(4, 8), Fixed(4, 8))
     assert grids(activations=(6, 10)) == (Fixed(4, 12), Fixed(6, 10))
+    scaled = lowbit.create("gupta", loss_scale=64.0)
+    assert scaled.loss_scale == lowbit.LossScale(64.0) and lowbit.create("gupta").loss_scale is None
+    # G is converted while the factor is in it: the grid of the scaled gradient, divided
+    g = lowbit.Quantizer.make(scaled.roles.G).eval()
+    assert g(torch.tensor([2.0**-18])).tolist() == [2.0**-18] and g(torch.tensor([1.0])).tolist() == [(8 - 2**-12) / 64]
 
 
 @pytest.mark.parametrize(("options", "message"), [

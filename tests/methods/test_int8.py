@@ -139,7 +139,8 @@ def test_products_that_are_not_named_are_float_to_the_bit(products: tuple[str, .
     y = plain(t)
     y.backward(e)
     got = run(layer, x, e, products=products)
-    for name, value, exact in zip(("out", "grad_a", "grad_w"), got, (y.detach(), t.grad, plain.weight.grad), strict=True):
+    floats = (y.detach(), t.grad, plain.weight.grad)
+    for name, value, exact in zip(("out", "grad_a", "grad_w"), got, floats, strict=True):
         if name in products:
             distance = float((value - exact).norm() / exact.norm())
             assert 1e-3 < distance < 0.03, (name, distance)

@@ -119,7 +119,7 @@ class Config:
     device: str = "auto"
     threads: int | None = None
     """Threads of PyTorch; None is one for the digits, whose tensors are too small to share out, and as many as PyTorch
-    finds otherwise."""
+    has now otherwise. PyTorch's convolutions round differently with another number, so a resumed run keeps it."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None is an epoch. There is one at the end of each epoch anyway."""
     log_every: int = 10
@@ -174,14 +174,16 @@ def resolve(config: Config, data: Data) -> Config:
     decided = usual | {k: v for k, v in card.items() if k in CARD}
     decided |= {"optimizer": optimizer, "epochs": EPOCHS[kind], "model": model, "fingerprint": data.fingerprint}
     decided |= {"recipe": json.loads(recipe.to_json()), "criterion": recipe.criterion or "cross_entropy"}
-    if kind == "digits":
-        decided["threads"] = 1
+    decided["threads"] = 1 if kind == "digits" else torch.get_num_threads()
     if config.recipe is not None:
         decided["method"] = recipe.name
     asked = {k: v for k, v in config.to_data().items()
              if v is not None and k not in ("method", "recipe", "fingerprint")}  # fmt: skip
     full = Config(**({"method": config.method} | decided | asked))
     _check(full, data)
+    if config.warmup is None and "warmup" not in card:  # a short run is not all warm-up
+        total = int(full.epochs or 1) * data.steps(int(full.batch_size or 1), full.limit)
+        full = dataclasses.replace(full, warmup=min(int(full.warmup or 0), total // 10))
     return full
 
 
@@ -408,7 +410,6 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
         net.train()
         batches = data.batches("train", batch_size, config.seed, epoch, config.augment, config.limit, device, at.batch)
         for x, y in batches:
-            x, y = (t[accelerator.process_index :: accelerator.num_processes] for t in (x, y))
             logits, target = flat(net(x), y)
             loss = criterion(logits, target)
             accelerator.backward(loss + lowbit.penalty(model))
@@ -424,11 +425,11 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
             value = float(loss.detach()) / (len(target) if config.criterion == "sse" else 1)
             if not math.isfinite(value):
                 raise Diverged(f"the loss is {value} at step {at.step} (epoch {epoch + 1})")
-            if at.step % config.log_every == 0 and accelerator.is_main_process:
+            if at.step % config.log_every == 0:
                 line = {"step": at.step, "epoch": epoch + 1, "loss": value, "lr": lr, "seconds": round(at.seconds, 3)}
                 run.log({"kind": "step"} | line)
                 accelerator.log({"loss": value, "lr": lr}, step=at.step)
-            if at.step % every == 0 and at.batch < per_epoch and accelerator.is_main_process:
+            if at.step % every == 0 and at.batch < per_epoch:
                 run.save(_state(parts, at))
             if progress is not None:
                 progress({"step": at.step, "steps": epochs * per_epoch, "epoch": epoch + 1, "epochs": epochs,
@@ -439,11 +440,10 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
         at = Position(epoch + 1, 0, at.step, time.perf_counter() - clock)
         figures = {"train_loss": train_loss, "train_metric": train_metric, "test_loss": test_loss,
                    "test_metric": test_metric}  # fmt: skip
-        if accelerator.is_main_process:
-            line = {"kind": "epoch", "epoch": epoch + 1, "step": at.step, "seconds": round(at.seconds, 3)}
-            run.log(line | figures)
-            accelerator.log(figures, step=at.step)
-            run.save(_state(parts, at) | {"figures": figures})
+        line = {"kind": "epoch", "epoch": epoch + 1, "step": at.step, "seconds": round(at.seconds, 3)}
+        run.log(line | figures)
+        accelerator.log(figures, step=at.step)
+        run.save(_state(parts, at) | {"figures": figures})
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss is {test_loss} after epoch {epoch + 1}")
 
@@ -541,6 +541,8 @@ def _accelerator(config: Config, folder: Path) -> Any:
                               project_dir=str(folder))  # fmt: skip
     if accelerator.device.type != torch.device(_device(config)).type:
         raise ValueError(f"device {config.device!r} is not available here; Accelerate found {accelerator.device.type}")
+    if accelerator.num_processes > 1:
+        raise ValueError("an experiment runs in one process; in a distributed script of your own call apply and attach")
     if config.tracker is not None:
         values = {k: v for k, v in config.to_data().items() if isinstance(v, (int, float, str))}
         accelerator.init_trackers("lowbit", values)
