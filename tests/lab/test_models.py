@@ -108,6 +108,13 @@ def test_parameter_counts(name, count):
     assert sum(p.numel() for p in net.parameters()) == count
 
 
+def test_lenet_with_normalisation_pools_before_it():
+    net = build("lenet5", (1, 28, 28), 10, norm=True)
+    names = [type(m).__name__ for m in net.layers]
+    assert names[:4] == ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"] and names[-1] == "BatchNorm1d"
+    assert sum(p.numel() for p in net.parameters()) == 61_706 + 2 * (6 + 16 + 120 + 84 + 10)
+
+
 def test_lenet_has_the_sizes_of_the_paper():
     for side in (28, 32):
         net = build("lenet5", (1, side, side), 10)

@@ -27,6 +27,9 @@ class LeNet5(nn.Module):
         channels: output channels of the two convolutions; (32, 64) with `hidden=(512,)` is the "LeNet-5" of
             the papers on ternary weights.
         hidden: widths of the linear layers before the classifier.
+        norm: batch normalisation behind every layer, the last included, in the order of the papers on binary
+            networks: convolution, max-pooling, normalisation, activation. Weights of few bits need it, whose
+            size does not follow the fan-in.
     """
 
     def __init__(
@@ -35,21 +38,26 @@ class LeNet5(nn.Module):
         classes: int,
         channels: tuple[int, int] = (6, 16),
         hidden: tuple[int, ...] = (120, 84),
+        norm: bool = False,
     ) -> None:
         super().__init__()
         inputs, *sides = image_shape("lenet5", input_shape)
         layers: list[nn.Module] = []
         for outputs, unpadded_from in zip(channels, (32, 14), strict=True):
             padding = 0 if min(sides) >= unpadded_from else KERNEL // 2
-            layers += [nn.Conv2d(inputs, outputs, KERNEL, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+            layers.append(nn.Conv2d(inputs, outputs, KERNEL, padding=padding))
+            if norm:
+                layers += [nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
+            else:
+                layers += [nn.ReLU(), nn.MaxPool2d(2)]
             sides = [(side + 2 * padding - KERNEL + 1) // 2 for side in sides]
             inputs = outputs
         layers.append(nn.Flatten())
         width = inputs * sides[0] * sides[1]
         for size in hidden:
-            layers += [nn.Linear(width, size), nn.ReLU()]
+            layers += [nn.Linear(width, size), *([nn.BatchNorm1d(size)] if norm else []), nn.ReLU()]
             width = size
-        layers.append(nn.Linear(width, classes))
+        layers += [nn.Linear(width, classes), *([nn.BatchNorm1d(classes)] if norm else [])]
         self.layers = nn.Sequential(*layers)
         he_normal(self)
 
