@@ -38,7 +38,9 @@ test: lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy src/lowbit
+	$(BIN)/lowbit tables --check
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

@@ -21,8 +21,10 @@ def index() -> str:
     rows = ["| method | paper | year | area | quantizes |", "|---|---|---|---|---|"]
     for name, entry in sorted(METHODS.items()):
         card = entry.card
-        rows.append(f"| [`{name}`]({name}.md) | {card.title} ({source(card.arxiv)}) | {card.year} | {card.area} | "
-                    f"{' '.join(card.roles) or 'nothing'} |")  # fmt: skip
+        rows.append(
+            f"| [`{name}`]({name}.md) | {card.title} ({source(card.arxiv)}) | {card.year} | {card.area} | "
+            f"{' '.join(card.roles) or 'nothing'} |"
+        )
     return "# Methods\n\n" + "\n".join(rows) + "\n"
 
 
@@ -44,8 +46,10 @@ def page(name: str, entry: Entry) -> str:
     if card.training:
         rows = [f"- {k}: `{v}`" for k, v in card.training.items()]
         parts.append("## Training settings it needs\n\n" + "\n".join(rows))
-    parts.append("## Use\n\n```python\nrecipe = lowbit.create(\"" + name + "\")\nlowbit.apply(model, recipe)\n"
-                 "lowbit.attach(model, optimizer)\n```")  # fmt: skip
+    parts.append(
+        '## Use\n\n```python\nrecipe = lowbit.create("' + name + '")\nlowbit.apply(model, recipe)\n'
+        "lowbit.attach(model, optimizer)\n```"
+    )
     roles = {r: to_data(s) for r, s in entry.function().roles.named().items()}
     if roles:
         rows = ["| role | grid | rounding | gradient rule |", "|---|---|---|---|"]

@@ -50,10 +50,16 @@ def real(operand: Operand) -> Tensor:
     return q.spec.blocks.unview(values, operand.values.shape, q.layout)
 
 
-LINEAR_SHAPES = {"out": ((2, 5, 6), (4, 6), "A", "W"), "grad_a": ((2, 5, 4), (4, 6), "E", "W"),
-                 "grad_w": ((2, 5, 4), (2, 5, 6), "E", "A")}  # fmt: skip
-CONV_SHAPES = {"out": ((2, 3, 7, 6), (4, 3, 3, 3), "A", "W"), "grad_a": ((2, 4, 5, 4), (4, 3, 3, 3), "E", "W"),
-               "grad_w": ((2, 4, 5, 4), (2, 3, 7, 6), "E", "A")}  # fmt: skip
+LINEAR_SHAPES = {
+    "out": ((2, 5, 6), (4, 6), "A", "W"),
+    "grad_a": ((2, 5, 4), (4, 6), "E", "W"),
+    "grad_w": ((2, 5, 4), (2, 5, 6), "E", "A"),
+}
+CONV_SHAPES = {
+    "out": ((2, 3, 7, 6), (4, 3, 3, 3), "A", "W"),
+    "grad_a": ((2, 4, 5, 4), (4, 3, 3, 3), "E", "W"),
+    "grad_w": ((2, 4, 5, 4), (2, 3, 7, 6), "E", "A"),
+}
 FINE = {"out": PerRow(), "grad_w": PerChannel()}
 
 
@@ -108,9 +114,17 @@ def test_a_split_that_could_overflow_is_refused():
             Int32(bad)
 
 
-ILLEGAL = [("out", "left", PerChannel()), ("out", "right", PerChannel()), ("out", "left", PerGroup(2)),
-           ("out", "right", PerTile(2, 2)), ("grad_a", "left", PerChannel()), ("grad_a", "right", PerRow()),
-           ("grad_w", "left", PerRow()), ("grad_w", "right", PerRow()), ("grad_w", "right", PerGroup(2))]  # fmt: skip
+ILLEGAL = [
+    ("out", "left", PerChannel()),
+    ("out", "right", PerChannel()),
+    ("out", "left", PerGroup(2)),
+    ("out", "right", PerTile(2, 2)),
+    ("grad_a", "left", PerChannel()),
+    ("grad_a", "right", PerRow()),
+    ("grad_w", "left", PerRow()),
+    ("grad_w", "right", PerRow()),
+    ("grad_w", "right", PerGroup(2)),
+]
 
 
 @pytest.mark.parametrize("which, side, blocks", ILLEGAL)
@@ -134,8 +148,10 @@ def test_a_block_is_judged_by_its_axes_not_its_name():
     torch.testing.assert_close(y.double(), real(a) @ real(w).t(), rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("bad, message", [(None, "set both roles"), (spec(fmt=Int(9)), "at most 8 bits"),
-                                          (spec(fmt=Int(8, signed=False)), "signed grid")])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, message",
+    [(None, "set both roles"), (spec(fmt=Int(9)), "at most 8 bits"), (spec(fmt=Int(8, signed=False)), "signed grid")],
+)
 def test_operands_without_int8_codes_are_refused(bad, message):
     good = operand(torch.randn(3, 4), PerTensor(), LINEAR.A)
     x = torch.rand(3, 4)
@@ -152,13 +168,21 @@ def int32_recipe(**kwargs) -> Recipe:
     row = spec(PerRow())
     col = QSpec(INT8, PerChannel(), AbsMax(127))
     acc = Int32(**kwargs)
-    products = Products(Product(accumulator=acc), Product(right=col, accumulator=acc),
-                        Product(left=col, right=col, accumulator=acc))  # fmt: skip
+    products = Products(
+        Product(accumulator=acc), Product(right=col, accumulator=acc), Product(left=col, right=col, accumulator=acc)
+    )
     return Recipe("int", Roles(W=row, A=row, E=row), products)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv2d(4, 6, 3, 2, 1),
-                                  lambda: nn.Conv1d(4, 6, 3, padding="same"), lambda: nn.Conv3d(4, 2, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(6, 5),
+        lambda: nn.Conv2d(4, 6, 3, 2, 1),
+        lambda: nn.Conv1d(4, 6, 3, padding="same"),
+        lambda: nn.Conv3d(4, 2, 2),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_on_integers_equals_the_same_layer_on_grid_values(make, dtype):
     layer = make()

@@ -116,8 +116,14 @@ def mask_of(kind: str | None, batched: bool) -> Tensor | None:
     return allowed if kind.endswith("bool") else torch.randn(shape, generator=g, dtype=torch.float64)
 
 
-CASES = list(itertools.product([None, "bool", "float"], [None, "2 bool", "2 float", "3 bool", "3 float"], [False, True],
-                               ["batch first", "length first", "unbatched"]))  # fmt: skip
+CASES = list(
+    itertools.product(
+        [None, "bool", "float"],
+        [None, "2 bool", "2 float", "3 bool", "3 float"],
+        [False, True],
+        ["batch first", "length first", "unbatched"],
+    )
+)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -131,8 +137,12 @@ def test_module_equals_pytorch(pad, mask, average, form):
     elif form == "unbatched":
         q, k = q[0], k[0]
     for need in (True, False):
-        options = dict(key_padding_mask=padding(pad, batched), attn_mask=mask_of(mask, batched), need_weights=need,
-                       average_attn_weights=average)  # fmt: skip
+        options = dict(
+            key_padding_mask=padding(pad, batched),
+            attn_mask=mask_of(mask, batched),
+            need_weights=need,
+            average_attn_weights=average,
+        )
         (y, w), (y2, w2) = (m(q, k, k, **options) for m in (plain, mine))
         torch.testing.assert_close(y, y2, rtol=1e-10, atol=1e-11)
         assert (w is None) == (w2 is None)
@@ -140,8 +150,10 @@ def test_module_equals_pytorch(pad, mask, average, form):
             torch.testing.assert_close(w, w2, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 3, "vdim": 5}, {"kdim": 3, "vdim": 5, "bias": False},
-                                     {"batch_first": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"kdim": 3, "vdim": 5}, {"kdim": 3, "vdim": 5, "bias": False}, {"batch_first": True}],
+)
 def test_module_options_and_gradients(options):
     plain, mine = modules(**options)
     assert type(mine) is QMultiheadAttention
@@ -162,8 +174,10 @@ def test_causal_hint():
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     for need in (True, False):
-        torch.testing.assert_close(plain(x, x, x, attn_mask=mask, is_causal=True, need_weights=need)[0],
-                                   mine(x, x, x, attn_mask=mask, is_causal=True, need_weights=need)[0])  # fmt: skip
+        torch.testing.assert_close(
+            plain(x, x, x, attn_mask=mask, is_causal=True, need_weights=need)[0],
+            mine(x, x, x, attn_mask=mask, is_causal=True, need_weights=need)[0],
+        )
     with pytest.raises(ValueError, match="needs attn_mask"):
         mine(x, x, x, is_causal=True)
 
@@ -262,8 +276,9 @@ def test_rules_reach_single_products_and_projections():
 def test_training_a_transformer_with_attention_in_eight_bits_learns():
     torch.manual_seed(0)
     spec = QSpec(Int(8, narrow=True), scale=AbsMax(127), rounding="stochastic")
-    model = nn.Sequential(nn.Embedding(10, 16), nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
-                          nn.Linear(16, 10))  # fmt: skip
+    model = nn.Sequential(
+        nn.Embedding(10, 16), nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), nn.Linear(16, 10)
+    )
     lowbit.apply(model, Recipe("t", Roles(W=INT8, A=INT8, E=spec), layers=ALL))
     optimizer = lowbit.attach(model, torch.optim.Adam(model.parameters(), 0.01))
     for _ in range(60):

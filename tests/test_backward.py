@@ -17,7 +17,7 @@ from lowbit import (
     PassThrough,
     PerAxis,
     PerTensor,
-    QSpec,  # fmt: skip
+    QSpec,
     Static,
 )
 from lowbit.backward import straight_through

@@ -18,11 +18,19 @@ LAYOUTS += [table.of("W", "grad_a") for table in (LINEAR, CONV, CONV1D, CONV_TRA
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.sampled_from(LAYOUTS),
-       st.one_of(st.just(PerTensor()), st.just(PerRow()), st.just(PerChannel()), st.builds(PerAxis, st.integers(-2, 1)),
-                 st.builds(PerGroup, st.integers(1, 7), st.sampled_from([None, -1, 0, 1])),
-                 st.builds(PerTile, st.integers(1, 4), st.integers(1, 4))),
-       st.booleans())  # fmt: skip
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    st.sampled_from(LAYOUTS),
+    st.one_of(
+        st.just(PerTensor()),
+        st.just(PerRow()),
+        st.just(PerChannel()),
+        st.builds(PerAxis, st.integers(-2, 1)),
+        st.builds(PerGroup, st.integers(1, 7), st.sampled_from([None, -1, 0, 1])),
+        st.builds(PerTile, st.integers(1, 4), st.integers(1, 4)),
+    ),
+    st.booleans(),
+)
 def test_unview_undoes_view(shape, layout, blocks, turned):
     x = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
     if turned:

@@ -14,8 +14,20 @@ import lowbit
 from lowbit.lab.commands import app, pairs
 from lowbit.methods import METHODS
 
-TINY = ["--data", "digits", "--model", "mlp", "--model-option", "hidden=[16,16]", "--epochs", "1", "--limit", "128",
-        "--device", "cpu"]  # fmt: skip
+TINY = [
+    "--data",
+    "digits",
+    "--model",
+    "mlp",
+    "--model-option",
+    "hidden=[16,16]",
+    "--epochs",
+    "1",
+    "--limit",
+    "128",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
@@ -59,8 +71,14 @@ def test_methods(cli):
 def test_show(cli):
     status, text, _ = cli("show", "twn")
     assert status == 0
-    for part in ("Ternary Weight Networks (2016, arXiv 1605.04711)", "delta = 0.7 * mean|w|", "threshold", "0.7",
-                 "Int(bits=2", "92.56 % ternary"):  # fmt: skip
+    for part in (
+        "Ternary Weight Networks (2016, arXiv 1605.04711)",
+        "delta = 0.7 * mean|w|",
+        "threshold",
+        "0.7",
+        "Int(bits=2",
+        "92.56 % ternary",
+    ):
         assert part in text, part
     data = json.loads(cli("show", "twn", "--json")[1])
     assert data["options"]["threshold"] == 0.7 and data["options"]["blocks"] == {"spec": "PerTensor"}
@@ -96,32 +114,56 @@ def test_train(cli, tmp_path):
 def test_train_from_a_recipe_file(cli, tmp_path):
     recipe = lowbit.create("twn", threshold=0.3)
     (tmp_path / "mine.json").write_text(recipe.to_json())
-    status, text, _ = cli("train", "--recipe", "mine.json", *TINY, "--lr", "0.1", "--momentum", "0",
-                          "--optimizer", "sgd", "--schedule", "constant", "--seed", "4", "--out", "here",
-                          "--json")  # fmt: skip
+    status, text, _ = cli(
+        "train",
+        "--recipe",
+        "mine.json",
+        *TINY,
+        "--lr",
+        "0.1",
+        "--momentum",
+        "0",
+        "--optimizer",
+        "sgd",
+        "--schedule",
+        "constant",
+        "--seed",
+        "4",
+        "--out",
+        "here",
+        "--json",
+    )
     assert status == 0 and json.loads(text)["folder"] == "here"
     config = json.loads((tmp_path / "here/config.json").read_text())
     assert lowbit.Recipe.from_json(json.dumps(config["recipe"])) == recipe
     assert (config["method"], config["lr"], config["momentum"], config["schedule"], config["seed"]) == (
-        "twn", 0.1, 0.0, "constant", 4)  # fmt: skip
+        "twn",
+        0.1,
+        0.0,
+        "constant",
+        4,
+    )
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ([], "either --method NAME or --recipe FILE.json"),
-    (["--method", "twm"], "unknown method 'twm'; did you mean 'twn'"),
-    (["--method", "twn", "--option", "treshold=1"], "no option 'treshold'; did you mean 'threshold'"),
-    (["--method", "twn", "--option", "threshold=-1"], "not negative; got -1"),
-    (["--method", "twn", "--option", "threshold"], "--option takes key=value, got 'threshold'"),
-    (["--method", "twn", "--model", "lenet"], "did you mean 'lenet5'"),
-    (["--method", "twn", "--data", "digit"], "did you mean 'digits'"),
-    (["--method", "twn", "--data", "mnist:/nowhere"], "/nowhere"),
-    (["--method", "twn", "--lr", "-1"], "lr must be at least 0; got -1.0"),
-    (["--recipe", "none.json"], "none.json"),
-    (["--recipe", "bad.json"], "not a recipe"),
-    (["--recipe", "bad.json", "--option", "a=1"], "a recipe file is complete"),
-    (["--resume", "nowhere"], "nowhere holds no run"),
-    (["--resume", "nowhere", "--method", "twn"], "leave --method"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either --method NAME or --recipe FILE.json"),
+        (["--method", "twm"], "unknown method 'twm'; did you mean 'twn'"),
+        (["--method", "twn", "--option", "treshold=1"], "no option 'treshold'; did you mean 'threshold'"),
+        (["--method", "twn", "--option", "threshold=-1"], "not negative; got -1"),
+        (["--method", "twn", "--option", "threshold"], "--option takes key=value, got 'threshold'"),
+        (["--method", "twn", "--model", "lenet"], "did you mean 'lenet5'"),
+        (["--method", "twn", "--data", "digit"], "did you mean 'digits'"),
+        (["--method", "twn", "--data", "mnist:/nowhere"], "/nowhere"),
+        (["--method", "twn", "--lr", "-1"], "lr must be at least 0; got -1.0"),
+        (["--recipe", "none.json"], "none.json"),
+        (["--recipe", "bad.json"], "not a recipe"),
+        (["--recipe", "bad.json", "--option", "a=1"], "a recipe file is complete"),
+        (["--resume", "nowhere"], "nowhere holds no run"),
+        (["--resume", "nowhere", "--method", "twn"], "leave --method"),
+    ],
+)
 def test_train_refuses(cli, tmp_path, words, message):
     (tmp_path / "bad.json").write_text("{")
     status, text, error = cli("train", *words)
@@ -141,13 +183,25 @@ def test_debug_shows_where(cli):
 
 
 def test_values_of_options():
-    got = pairs(["a=1", "b=[1,2]", "c=text", "d=true", "e={\"spec\": \"PerTensor\"}", "f-g=x=y"], "--option")
+    got = pairs(["a=1", "b=[1,2]", "c=text", "d=true", 'e={"spec": "PerTensor"}', "f-g=x=y"], "--option")
     assert got == {"a": 1, "b": [1, 2], "c": "text", "d": True, "e": {"spec": "PerTensor"}, "f_g": "x=y"}
 
 
 def test_compare(cli, tmp_path):
-    words = ["compare", "--methods", "fp32,twn", "--options", "twn.threshold=0.5", "--seeds", "0,1", *TINY,
-             "--out", "c", "--save", "results/mine.json"]  # fmt: skip
+    words = [
+        "compare",
+        "--methods",
+        "fp32,twn",
+        "--options",
+        "twn.threshold=0.5",
+        "--seeds",
+        "0,1",
+        *TINY,
+        "--out",
+        "c",
+        "--save",
+        "results/mine.json",
+    ]
     status, text, _ = cli(*words)
     assert status == 0 and "accuracy %" in text and "twn threshold=0.5" in text and "c/report.html" in text
     results = json.loads((tmp_path / "c/results.json").read_text())
@@ -178,15 +232,18 @@ def test_compare_goes_on_after_a_failure(cli, monkeypatch):
     assert [m["status"] for m in methods] == ["failed", "ok"] and methods[1]["metric"]["mean"] > 0
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--methods", "fp32,twm"], "unknown method 'twm'"),
-    (["--methods", "fp32,fp32"], "takes different names"),
-    (["--methods", ","], "takes different names"),
-    (["--methods", "fp32", "--options", "twn.threshold=1"], "--options takes METHOD.key=value"),
-    (["--methods", "twn", "--options", "twn.a=1"], "no option 'a'"),
-    (["--methods", "twn", "--seeds", "0,x"], "'x'"),
-    (["--methods", "twn", "--seeds", "-1"], "seed must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "fp32,twm"], "unknown method 'twm'"),
+        (["--methods", "fp32,fp32"], "takes different names"),
+        (["--methods", ","], "takes different names"),
+        (["--methods", "fp32", "--options", "twn.threshold=1"], "--options takes METHOD.key=value"),
+        (["--methods", "twn", "--options", "twn.a=1"], "no option 'a'"),
+        (["--methods", "twn", "--seeds", "0,x"], "'x'"),
+        (["--methods", "twn", "--seeds", "-1"], "seed must be at least 0"),
+    ],
+)
 def test_compare_refuses(cli, tmp_path, words, message):
     status, text, error = cli("compare", *words)
     assert (status, text) == (2, "") and message in error and error.count("\n") == 1
@@ -196,8 +253,9 @@ def test_compare_refuses(cli, tmp_path, words, message):
 def test_bench(cli, monkeypatch):
     monkeypatch.setattr("lowbit.lab.bench.SIZES", (64,))
     before = torch.get_num_threads()
-    status, text, _ = cli("bench", "--model", "mlp", "--methods", "twn", "--rounds", "1", "--batch-size", "4",
-                          "--threads", "1", "--json")  # fmt: skip
+    status, text, _ = cli(
+        "bench", "--model", "mlp", "--methods", "twn", "--rounds", "1", "--batch-size", "4", "--threads", "1", "--json"
+    )
     data = json.loads(text)
     assert status == 0 and data["environment"]["threads"] == 1 and torch.get_num_threads() == before
     assert [r["case"] for r in data["rows"]][:3] == ["fp32", "bf16 autocast", "twn simulated"]
@@ -223,8 +281,10 @@ def python(code, *words):
 
 
 def test_the_library_needs_no_extra():
-    code = ("import sys, lowbit; print([m for m in ('typer', 'rich', 'accelerate', 'plotly', 'jinja2', 'sklearn') "
-            "if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys, lowbit; print([m for m in ('typer', 'rich', 'accelerate', 'plotly', 'jinja2', 'sklearn') "
+        "if m in sys.modules])"
+    )
     assert python(code).stdout == "[]\n"
 
 

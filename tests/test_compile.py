@@ -15,10 +15,11 @@ def recipes() -> dict[str, lowbit.Recipe]:
     int8 = lowbit.create("int8")
     at_input = dataclasses.replace(int8.products, error_at="both")
     return {
-        "learned step": lowbit.create("lsq"), "learned clip": lowbit.create("pact", bits=2, clip=0.2, ends=2),
+        "learned step": lowbit.create("lsq"),
+        "learned clip": lowbit.create("pact", bits=2, clip=0.2, ends=2),
         "stochastic activations": lowbit.create("bnn", stochastic=True),
         "error at the input": dataclasses.replace(int8, products=at_input, rules=()),
-    }  # fmt: skip
+    }
 
 
 SLOW = {"learned step"}  # traces four starts of steps, each on its own

@@ -33,9 +33,10 @@ def with_error(forward: lowbit.Recipe, other: lowbit.Recipe) -> lowbit.Recipe:
     products = dataclasses.replace(
         forward.products,
         grad_a=dataclasses.replace(forward.products.grad_a, left=other.products.grad_a.left),
-        grad_w=dataclasses.replace(forward.products.grad_w, left=other.products.grad_w.left,
-                                   samples=other.products.grad_w.samples),
-    )  # fmt: skip
+        grad_w=dataclasses.replace(
+            forward.products.grad_w, left=other.products.grad_w.left, samples=other.products.grad_w.samples
+        ),
+    )
     roles = put(forward.roles)
     assert roles is not None
     rules = tuple(dataclasses.replace(r, roles=put(r.roles)) for r in forward.rules)

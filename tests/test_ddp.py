@@ -127,8 +127,16 @@ def result(tmp_path_factory):
     source = str(pathlib.Path(__file__).resolve().parent.parent / "src")
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, str(script), str(folder), str(r)], env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder), str(r)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(2)
+    ]
     try:
         texts = [p.communicate(timeout=120)[0] for p in ranks]
     finally:

@@ -19,8 +19,20 @@ from lowbit.rng import uniform
 NAMES = sorted(METHODS)
 QUANTIZING = [n for n in NAMES if METHODS[n].card.roles]
 SLOTS = [(n, r) for n in QUANTIZING for r in METHODS[n].function().roles.named()]
-UNBIASED = {("luq", "E"), ("gupta", "W"), ("gupta", "A"), ("gupta", "E"), ("gupta", "G"), ("gupta", "U"),
-            ("fp8", "U"), ("dorefa", "E"), ("psq", "E"), ("bhq", "E"), ("ptq_sgd", "E"), ("int8", "E")}  # fmt: skip
+UNBIASED = {
+    ("luq", "E"),
+    ("gupta", "W"),
+    ("gupta", "A"),
+    ("gupta", "E"),
+    ("gupta", "G"),
+    ("gupta", "U"),
+    ("fp8", "U"),
+    ("dorefa", "E"),
+    ("psq", "E"),
+    ("bhq", "E"),
+    ("ptq_sgd", "E"),
+    ("int8", "E"),
+}
 
 
 def sample(role: str, shape: tuple[int, ...] = (8, 24)) -> Tensor:
@@ -51,8 +63,16 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.BatchNorm1d(48),
-                         nn.ReLU(), nn.Linear(48, 10), nn.BatchNorm1d(10))  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(64, 48),
+        nn.BatchNorm1d(48),
+        nn.ReLU(),
+        nn.Linear(48, 48),
+        nn.BatchNorm1d(48),
+        nn.ReLU(),
+        nn.Linear(48, 10),
+        nn.BatchNorm1d(10),
+    )
 
 
 def settings(name: str) -> dict:
@@ -75,8 +95,9 @@ def criterion(recipe: lowbit.Recipe, logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, target)
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Tensor, Tensor], first: int,
-          last: int) -> None:  # fmt: skip
+def steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, digits: tuple[Tensor, Tensor], first: int, last: int
+) -> None:
     recipe = lowbit.model.control_of(model).recipe
     x, y = digits
     for i in range(first, last):
@@ -175,11 +196,15 @@ def test_stochastic_rounding_is_unbiased(name: str, role: str) -> None:
     mean = total / draws
     error = ((square / draws - mean.square()).clamp_min(0) / draws).sqrt()
     # what is drawn once in a few hundred times may not be seen: less than ten such events of one step each
-    rare = 10 / draws * torch.maximum(2 * q.encode(x, uniform(x.shape, 7, 0, 0)).scale.double().abs().amax(), x.abs().amax())
+    rare = (
+        10
+        / draws
+        * torch.maximum(2 * q.encode(x, uniform(x.shape, 7, 0, 0)).scale.double().abs().amax(), x.abs().amax())
+    )
     assert bool(((mean - x.double()).abs() <= 6 * error + rare).all())
 
 
-# ---- a model ----------------------------------------------------------------------------------------------------------
+# ---- a model ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -229,8 +254,13 @@ def test_same_seed_same_bits_whatever_the_threads(name: str, digits: tuple[Tenso
             torch.set_num_threads(threads)
             model = network()
             lowbit.apply(model, lowbit.create(name))
-            results.append([q.quantize(sample("A", (32, 64)), q.key(torch.zeros(1))) for q in quantizers_of(model)
-                            if q.layout is not None and not q.weight])  # fmt: skip
+            results.append(
+                [
+                    q.quantize(sample("A", (32, 64)), q.key(torch.zeros(1)))
+                    for q in quantizers_of(model)
+                    if q.layout is not None and not q.weight
+                ]
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -40,7 +40,7 @@ from lowbit.formats import (
     ldexp,
     mx_scale,
     pow2,
-)  # fmt: skip
+)
 from lowbit.rounding import ROUNDINGS
 from lowbit.serial import from_data, to_data
 
@@ -52,16 +52,52 @@ ROOT = math.sqrt(2)
 RADIX4 = Log(4.0, -3, 3)
 
 SMALL = [  # at most 2**10 values
-    Int(8), Int(8, narrow=True), Int(4), Int(1), Int(1, signed=False), Int(8, signed=False), TERNARY, Int(10),
-    BINARY, Even(2), Even(4), Fixed(4, 4), Fixed(-2, 8), Fixed(9, -3), MXINT8,
-    E5M2, E4M3, E4M3_IEEE, E5M2FNUZ, E4M3FNUZ, E4M3B11, E3M4, E3M2, E2M3, E2M1, E3M0, E8M0, UE4M3, FLUSHED,
-    Float(1, 2, specials="none"), Float(4, 0), Float(2, 1, specials="fn"),
-    RADIX4, Log(4.0, -3, 3, offset=2.0), Log(2.0, -6, 0), Log(2.0, -3, 4, zero=False), Log(ROOT, -6, 1),
-    Log(2.0, -6, 0, nearest="log"), Log(ROOT, -7, 0, zero=False, nearest="log"),
+    Int(8),
+    Int(8, narrow=True),
+    Int(4),
+    Int(1),
+    Int(1, signed=False),
+    Int(8, signed=False),
+    TERNARY,
+    Int(10),
+    BINARY,
+    Even(2),
+    Even(4),
+    Fixed(4, 4),
+    Fixed(-2, 8),
+    Fixed(9, -3),
+    MXINT8,
+    E5M2,
+    E4M3,
+    E4M3_IEEE,
+    E5M2FNUZ,
+    E4M3FNUZ,
+    E4M3B11,
+    E3M4,
+    E3M2,
+    E2M3,
+    E2M1,
+    E3M0,
+    E8M0,
+    UE4M3,
+    FLUSHED,
+    Float(1, 2, specials="none"),
+    Float(4, 0),
+    Float(2, 1, specials="fn"),
+    RADIX4,
+    Log(4.0, -3, 3, offset=2.0),
+    Log(2.0, -6, 0),
+    Log(2.0, -3, 4, zero=False),
+    Log(ROOT, -6, 1),
+    Log(2.0, -6, 0, nearest="log"),
+    Log(ROOT, -7, 0, zero=False, nearest="log"),
     Log(2.0, -7, 0, signed=False),
-    Log(2.0, -3, 4, zero=False, signed=False), Log(3.0, -2, 2),
-    Codebook((-1.0, -0.3, 0.0, 0.1, 0.7, 1.0)), Codebook((0.25, 0.5)), Codebook((-2.0, 3.0, 3.5)),
-]  # fmt: skip
+    Log(2.0, -3, 4, zero=False, signed=False),
+    Log(3.0, -2, 2),
+    Codebook((-1.0, -0.3, 0.0, 0.1, 0.7, 1.0)),
+    Codebook((0.25, 0.5)),
+    Codebook((-2.0, 3.0, 3.5)),
+]
 LARGE = [Int(16), Int(24), Int(32), Int(32, signed=False), Fixed(16, 16), FP16, BF16, FP16_169, Float(8, 23)]
 EVERY = SMALL + LARGE
 SYMMETRIC = [f for f in EVERY if f.signed and f.min == -f.max and not isinstance(f, Codebook)]
@@ -86,9 +122,7 @@ unsaturated = pytest.mark.parametrize(  # a Log without zero saturates below its
 
 
 def test_floor_log2_is_exact_at_the_edges():
-    x = torch.tensor(
-        [1.0, 0.99999994, 7.9999995, 8.0, -3.0, 2.0**-126, 2.0**-149, 3 * 2.0**-149, 3.4028235e38]
-    )
+    x = torch.tensor([1.0, 0.99999994, 7.9999995, 8.0, -3.0, 2.0**-126, 2.0**-149, 3 * 2.0**-149, 3.4028235e38])
     assert floor_log2(x).tolist() == [0, -1, 2, 3, 1, -126, -149, -148, 127]
     y = torch.tensor([1 - 2.0**-53, 5e-324, 2.0**-1022, 1.7e308], dtype=torch.float64)
     assert floor_log2(y).tolist() == [-1, -1074, -1022, 1023]
@@ -201,12 +235,23 @@ def test_ranges(f, bits, count, least, most):
 @pytest.mark.parametrize(
     ("f", "normal", "tiny"),
     [
-        (BF16, -126, -133), (FP16, -14, -24), (FP16_169, -30, -39), (E5M2, -14, -16), (E5M2FNUZ, -15, -17),
-        (E4M3, -6, -9), (E4M3FNUZ, -7, -10), (E4M3B11, -10, -13), (E3M4, -2, -6), (E3M2, -2, -4),
-        (E2M3, 0, -3), (E2M1, 0, -1), (E8M0, -127, -127), (FLUSHED, -6, -6),
+        (BF16, -126, -133),
+        (FP16, -14, -24),
+        (FP16_169, -30, -39),
+        (E5M2, -14, -16),
+        (E5M2FNUZ, -15, -17),
+        (E4M3, -6, -9),
+        (E4M3FNUZ, -7, -10),
+        (E4M3B11, -10, -13),
+        (E3M4, -2, -6),
+        (E3M2, -2, -4),
+        (E2M3, 0, -3),
+        (E2M1, 0, -1),
+        (E8M0, -127, -127),
+        (FLUSHED, -6, -6),
     ],
     ids=lambda v: name(v) if isinstance(v, formats.Format) else None,
-)  # fmt: skip
+)
 def test_smallest_numbers(f, normal, tiny):
     assert f.tiny == 2.0**tiny
     levels = f.levels()
@@ -243,9 +288,7 @@ def test_radix4_levels_and_phases():
     assert RADIX4.snap(torch.tensor([2.4, 2.6, -9.9, -10.1, 1000.0])).tolist() == [1, 4, -4, -16, 64]
     odd = Log(4.0, -3, 3, offset=2.0)
     assert odd.snap(torch.tensor([4.9, 5.1])).tolist() == [2, 8]
-    x = torch.tensor(
-        [0.011, 0.3, 2.2, 17.0]
-    )  # nearest in value: 4^floor(log4(1.6 x)), 2 * 4^floor(log4(0.8 x))
+    x = torch.tensor([0.011, 0.3, 2.2, 17.0])  # nearest in value: 4^floor(log4(1.6 x)), 2 * 4^floor(log4(0.8 x))
     assert RADIX4.snap(x).tolist() == [4.0 ** math.floor(math.log(1.6 * v, 4)) for v in x.tolist()]
 
 
@@ -296,9 +339,7 @@ def test_error_on_normal_numbers(f, mse):
 def test_relative_error_on_log_uniform_numbers(f, error):
     x = torch.exp2(torch.linspace(-4, 4, 200_001, dtype=torch.float64)[:-1])
     relative = (f.snap(x) - x) / x
-    assert relative.square().mean().item() == pytest.approx(
-        error, rel=0.015
-    )  # the formula is of leading order
+    assert relative.square().mean().item() == pytest.approx(error, rel=0.015)  # the formula is of leading order
 
 
 def test_fixed_point_of_gupta():
@@ -397,11 +438,18 @@ def test_flushed_subnormals():
 # Bit equality with ml_dtypes and PyTorch
 
 REFERENCE = [
-    (E5M2, ml_dtypes.float8_e5m2), (E4M3, ml_dtypes.float8_e4m3fn), (E4M3_IEEE, ml_dtypes.float8_e4m3),
-    (E5M2FNUZ, ml_dtypes.float8_e5m2fnuz), (E4M3FNUZ, ml_dtypes.float8_e4m3fnuz),
-    (E4M3B11, ml_dtypes.float8_e4m3b11fnuz), (E3M4, ml_dtypes.float8_e3m4), (E3M2, ml_dtypes.float6_e3m2fn),
-    (E2M3, ml_dtypes.float6_e2m3fn), (E2M1, ml_dtypes.float4_e2m1fn), (E8M0, ml_dtypes.float8_e8m0fnu),
-]  # fmt: skip
+    (E5M2, ml_dtypes.float8_e5m2),
+    (E4M3, ml_dtypes.float8_e4m3fn),
+    (E4M3_IEEE, ml_dtypes.float8_e4m3),
+    (E5M2FNUZ, ml_dtypes.float8_e5m2fnuz),
+    (E4M3FNUZ, ml_dtypes.float8_e4m3fnuz),
+    (E4M3B11, ml_dtypes.float8_e4m3b11fnuz),
+    (E3M4, ml_dtypes.float8_e3m4),
+    (E3M2, ml_dtypes.float6_e3m2fn),
+    (E2M3, ml_dtypes.float6_e2m3fn),
+    (E2M1, ml_dtypes.float4_e2m1fn),
+    (E8M0, ml_dtypes.float8_e8m0fnu),
+]
 reference = pytest.mark.parametrize(("f", "dtype"), REFERENCE, ids=name)
 
 
@@ -425,12 +473,8 @@ def random_floats(f, n=50_000):
     levels = f.levels().numpy()
     ties = (levels[1:] + levels[:-1]) / 2
     ties = ties[np.abs(ties) >= 2.0**-126].astype(np.float32)
-    edge = [f.max, np.float32(f.max) * np.float32(1.0625)] + [f.tiny * v for v in (0.5, 0.75)] * (
-        f is not E8M0
-    )
-    x = np.concatenate(
-        [x, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e30)), edge]
-    )
+    edge = [f.max, np.float32(f.max) * np.float32(1.0625)] + [f.tiny * v for v in (0.5, 0.75)] * (f is not E8M0)
+    x = np.concatenate([x, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e30)), edge])
     x = x.astype(np.float32)
     return np.concatenate([x, -x]) if f.signed else x[x > 0]
 
@@ -455,9 +499,7 @@ def test_16_bits_equal_pytorch(f, dtype):
     rng = np.random.default_rng(1)
     bits = rng.integers(0, 2**32, 100_000, dtype=np.uint32)
     x = torch.from_numpy(bits.view(np.float32))
-    x = torch.cat(
-        [x[~x.isnan()], torch.tensor([1e-45, -1e-40, 65504.0, 65519.99, 65520.0, 3.4e38, math.inf])]
-    )
+    x = torch.cat([x[~x.isnan()], torch.tensor([1e-45, -1e-40, 65504.0, 65519.99, 65520.0, 3.4e38, math.inf])])
     got = replace(f, overflow="native").snap(x)
     assert torch.equal(got, x.to(dtype).to(torch.float32))
     raw = x.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
@@ -564,9 +606,11 @@ def test_symmetric_formats_are_closed_under_negation(f):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from(EVERY), st.lists(small, min_size=2, max_size=12), st.sampled_from(ROUNDINGS),
+    st.sampled_from(EVERY),
+    st.lists(small, min_size=2, max_size=12),
+    st.sampled_from(ROUNDINGS),
     st.floats(0, 1 - 2.0**-24, width=32),
-)  # fmt: skip
+)
 def test_monotone_bounded_and_idempotent(f, x, rounding, u):
     t = torch.tensor(sorted(x), dtype=torch.float32)
     noise = torch.full_like(t, u)
@@ -719,20 +763,36 @@ def test_compiles_without_graph_breaks():
 # ---- the short ways of snap are the definition, bit for bit ----------------------------------------------------------
 
 
-def _equal_bits(a: Tensor, b: Tensor) -> bool:
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     number = ~a.isnan()
-    return bool((a.isnan() == b.isnan()).all()) and torch.equal(a[number], b[number]) and torch.equal(
-        torch.signbit(a[number]), torch.signbit(b[number]))  # fmt: skip
+    return (
+        bool((a.isnan() == b.isnan()).all())
+        and torch.equal(a[number], b[number])
+        and torch.equal(torch.signbit(a[number]), torch.signbit(b[number]))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("fmt", [formats.FP16, formats.FP16_169, formats.E5M2, formats.E4M3, formats.E4M3B11,
-                                 formats.E3M2, formats.E2M1, formats.Log(2.0, -7, 0), formats.Log(2.0, -3, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        formats.FP16,
+        formats.FP16_169,
+        formats.E5M2,
+        formats.E4M3,
+        formats.E4M3B11,
+        formats.E3M2,
+        formats.E2M1,
+        formats.Log(2.0, -7, 0),
+        formats.Log(2.0, -3, 3),
+    ],
+)
 def test_short_way_equals_the_definition(fmt: formats.Float | formats.Log, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     words = torch.randint(-(2**31), 2**31, (20_000,), generator=generator).to(torch.int32)
     near = torch.randn(20_000, generator=generator) * torch.exp2(
-        torch.randint(-12, 12, (20_000,), generator=generator).float())  # fmt: skip
+        torch.randint(-12, 12, (20_000,), generator=generator).float()
+    )
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, -3e38])
     for x in (words.view(torch.float32).to(dtype), near.to(dtype), special.to(dtype)):
         u = torch.rand(x.shape, generator=generator)

@@ -27,31 +27,66 @@ INT8_TRAINING = Recipe("int8", Roles(W=INT8, A=INT8, E=SR), layers=("linear", "c
 
 
 def bert():
-    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=0.0,
-                                     attention_probs_dropout_prob=0.0, num_labels=3,
-                                     attn_implementation="eager")  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+        attn_implementation="eager",
+    )
     return transformers.BertForSequenceClassification(config)
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0.0,
-                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
-                                     attn_implementation="eager")  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        attn_implementation="eager",
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def vit():
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                    image_size=8, patch_size=4, num_channels=1, num_labels=3, hidden_dropout_prob=0.0,
-                                    attention_probs_dropout_prob=0.0, attn_implementation="eager")  # fmt: skip
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
     return transformers.ViTForImageClassification(config)
 
 
 def llama():
-    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-                                      attn_implementation="eager")  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -148,8 +183,10 @@ def test_float_checkpoints_load_before_and_after(name):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_masked_tokens_have_no_influence(name):
-    model = lowbit.apply(make(name), Recipe("w", Roles(W=INT8, A=QSpec(Int(12), lowbit.PerRow(), AbsMax(2047))),
-                                            layers=("linear", "attention"))).eval()  # fmt: skip
+    model = lowbit.apply(
+        make(name),
+        Recipe("w", Roles(W=INT8, A=QSpec(Int(12), lowbit.PerRow(), AbsMax(2047))), layers=("linear", "attention")),
+    ).eval()
     inputs = batch(name)
     other = dict(inputs, input_ids=inputs["input_ids"].clone())
     other["input_ids"][1, 3:] = 5
@@ -184,7 +221,8 @@ def test_gpt2_s_own_linear_layer():
     layer = lowbit.apply(transformers.pytorch_utils.Conv1D(5, 4).double(), NOTHING)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,)) and torch.autograd.gradcheck(
-        lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)), (layer.weight,))  # fmt: skip
+        lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)), (layer.weight,)
+    )
 
 
 def test_rules_leave_single_products_in_float():
@@ -287,8 +325,17 @@ def test_trainer(name, tmp_path):
     model = lowbit.apply(make(name), INT8_TRAINING)
     before = [p.detach().clone() for p in model.parameters()]
     arguments = transformers.TrainingArguments(
-        str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_steps=3,
-        learning_rate=0.01, disable_tqdm=True, logging_steps=1, gradient_accumulation_steps=1)  # fmt: skip
+        str(tmp_path / "run"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_steps=3,
+        learning_rate=0.01,
+        disable_tqdm=True,
+        logging_steps=1,
+        gradient_accumulation_steps=1,
+    )
     trainer = transformers.Trainer(model, arguments, train_dataset=samples)
     result = trainer.train()
     assert result.global_step == 3 and result.training_loss > 0
@@ -310,7 +357,9 @@ def test_save_and_load(name, tmp_path):
 
 
 def test_transformers_is_imported_only_for_its_models():
-    code = ("import sys, lowbit; from torch import nn; s = lowbit.QSpec(lowbit.Int(8), scale=lowbit.AbsMax(127));"
-            "lowbit.apply(nn.TransformerEncoderLayer(8, 2, 8), lowbit.Recipe('r', lowbit.Roles(A=s), "
-            "layers=('linear', 'attention'))); sys.exit('transformers' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys, lowbit; from torch import nn; s = lowbit.QSpec(lowbit.Int(8), scale=lowbit.AbsMax(127));"
+        "lowbit.apply(nn.TransformerEncoderLayer(8, 2, 8), lowbit.Recipe('r', lowbit.Roles(A=s), "
+        "layers=('linear', 'attention'))); sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

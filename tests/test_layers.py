@@ -24,7 +24,7 @@ from lowbit import (
     PerTensor,
     Product,
     Products,
-    QSpec,  # fmt: skip
+    QSpec,
     Recipe,
     Roles,
     Static,
@@ -369,10 +369,16 @@ OVERRIDES = Products(Product(), Product(right=SR4), Product(left=SR4, right=SR4,
 
 
 @pytest.mark.parametrize("how", ["reentrant", "saved"])
-@pytest.mark.parametrize("recipe", [NOISE, Recipe("t", Roles(W=SR4, A=TRACKED, E=SR4)),
-                                    Recipe("h", Roles(A=PAST, W=SR4)),
-                                    Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES)],
-                         ids=["noise", "average", "history", "overrides"])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        NOISE,
+        Recipe("t", Roles(W=SR4, A=TRACKED, E=SR4)),
+        Recipe("h", Roles(A=PAST, W=SR4)),
+        Recipe("o", Roles(W=SR4, A=SR4, E=SR4), OVERRIDES),
+    ],
+    ids=["noise", "average", "history", "overrides"],
+)
 def test_activation_checkpointing_changes_no_bit(how, recipe):
     plain = lowbit.apply(Twice(), recipe)
     saved = copy.deepcopy(plain)
@@ -450,8 +456,9 @@ def test_a_fused_optimizer_draws_new_weights_once_attached():
 
 
 def test_evaluation_is_deterministic_and_changes_nothing():
-    model = lowbit.apply(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3)),
-                         Recipe("e", Roles(W=SR4, A=TRACKED, E=SR4)))  # fmt: skip
+    model = lowbit.apply(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3)), Recipe("e", Roles(W=SR4, A=TRACKED, E=SR4))
+    )
     x = torch.randn(4, 1, 6, 6)
     model(x).sum().backward()
     model.eval()

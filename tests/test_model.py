@@ -174,8 +174,13 @@ def test_first_and_last():
 
 
 def test_the_last_rule_that_matches_decides():
-    rules = (Rule(roles=Roles(W=INT4)), Rule(type="conv", roles=Roles(W=INT8)), Rule(where="first", roles=Roles(W=SR)),
-             Rule("4", products=Products(out=Product(left=Keep()))), Rule("[5]", roles=Roles()))  # fmt: skip
+    rules = (
+        Rule(roles=Roles(W=INT4)),
+        Rule(type="conv", roles=Roles(W=INT8)),
+        Rule(where="first", roles=Roles(W=SR)),
+        Rule("4", products=Products(out=Product(left=Keep()))),
+        Rule("[5]", roles=Roles()),
+    )
     model = lowbit.apply(cnn(), Recipe("r", Roles(W=IDENTITY), rules=rules))
     specs = {n: q.roles.W for n, q in layers_of(model).items()}
     assert specs == {"0": SR, "2": INT8, "4": INT4}
@@ -197,13 +202,20 @@ def test_a_rule_for_a_layer_that_is_not_there_is_an_error():
         lowbit.apply(nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1)}), Recipe("r", Roles(W=INT8), rules=(Rule("conv1"),)))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Rule(type="liner"), "did you mean 'linear'"), (lambda: Rule(where="frist"), "did you mean 'first'"),
-    (lambda: Recipe("r", layers=("convs",)), "did you mean 'conv'"), (lambda: Products(error_at="in"), "'input'"),
-    (lambda: lowbit.create("twm"), "did you mean 'twn'"), (lambda: lowbit.create("twn", treshold=1), "'threshold'"),
-    (lambda: lowbit.create("twn", threshold=-1), "got -1"), (lambda: lowbit.quantizer("twn", "X"), "unknown role 'X'"),
-    (lambda: lowbit.quantizer("twn", "E"), "leaves role E in float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Rule(type="liner"), "did you mean 'linear'"),
+        (lambda: Rule(where="frist"), "did you mean 'first'"),
+        (lambda: Recipe("r", layers=("convs",)), "did you mean 'conv'"),
+        (lambda: Products(error_at="in"), "'input'"),
+        (lambda: lowbit.create("twm"), "did you mean 'twn'"),
+        (lambda: lowbit.create("twn", treshold=1), "'threshold'"),
+        (lambda: lowbit.create("twn", threshold=-1), "got -1"),
+        (lambda: lowbit.quantizer("twn", "X"), "unknown role 'X'"),
+        (lambda: lowbit.quantizer("twn", "E"), "leaves role E in float"),
+    ],
+)
 def test_unknown_words_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -284,11 +296,41 @@ def test_every_layer_with_a_weight_is_quantized_or_explained(layers):
         ]
         assert parts, f"{name} is silently skipped"
     if layers == ALL:
-        assert {"linear", "same", "conv.0", "conv.1", "conv.2", "up.1", "table", "normed", "spectral", "pruned",
-                "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj", "attention.scores",
-                "attention.context", "separate.k_proj", "separate.scores"} <= quantized  # fmt: skip
-        assert set(reasons) == {"own", "lstm", "cell", "bilinear", "up.0", "up.2", "bag", "kv", "zero", "mine",
-                                "function", "positions", "param_lstm"}  # fmt: skip
+        assert {
+            "linear",
+            "same",
+            "conv.0",
+            "conv.1",
+            "conv.2",
+            "up.1",
+            "table",
+            "normed",
+            "spectral",
+            "pruned",
+            "attention.q_proj",
+            "attention.k_proj",
+            "attention.v_proj",
+            "attention.out_proj",
+            "attention.scores",
+            "attention.context",
+            "separate.k_proj",
+            "separate.scores",
+        } <= quantized
+        assert set(reasons) == {
+            "own",
+            "lstm",
+            "cell",
+            "bilinear",
+            "up.0",
+            "up.2",
+            "bag",
+            "kv",
+            "zero",
+            "mine",
+            "function",
+            "positions",
+            "param_lstm",
+        }
         assert "overrides the forward" in reasons["own"] and "overrides the forward" in reasons["mine"]
         assert "add_bias_kv" in reasons["kv"] and "no quantized version" in reasons["lstm"]
     for name in ("own", "kv", "mine"):
@@ -357,15 +399,18 @@ class ChangesThenFails(Step):
         raise KeyError("broken on purpose")
 
 
-@pytest.mark.parametrize("bad, error", [
-    (Recipe("r", Roles(W=QSpec(Int(4), PerAxis(3), lowbit.Learned(7), backward=lowbit.LearnedStep()))), ValueError),
-    (Recipe("r", Roles(W=QSpec(Int(4), kind="nothing"))), ValueError),
-    (Recipe("r", Roles(W=INT8), swaps=(Swap("ReLU", "Nothing"),)), ValueError),
-    (Recipe("r", Roles(W=INT8, A=INT8), swaps=(Swap("ReLU", "GELU"),), steps=(ChangesThenFails(),)), KeyError),
-    (Recipe("r", Roles(W=INT8), layers=("embedding",)), ValueError),
-    (Recipe("r", Roles(W=INT8), rules=(Rule(roles=Roles()),)), ValueError),
-    ("twn", TypeError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (Recipe("r", Roles(W=QSpec(Int(4), PerAxis(3), lowbit.Learned(7), backward=lowbit.LearnedStep()))), ValueError),
+        (Recipe("r", Roles(W=QSpec(Int(4), kind="nothing"))), ValueError),
+        (Recipe("r", Roles(W=INT8), swaps=(Swap("ReLU", "Nothing"),)), ValueError),
+        (Recipe("r", Roles(W=INT8, A=INT8), swaps=(Swap("ReLU", "GELU"),), steps=(ChangesThenFails(),)), KeyError),
+        (Recipe("r", Roles(W=INT8), layers=("embedding",)), ValueError),
+        (Recipe("r", Roles(W=INT8), rules=(Rule(roles=Roles()),)), ValueError),
+        ("twn", TypeError),
+    ],
+)
 def test_a_failed_apply_changes_nothing(bad, error):
     model = cnn()
     classes = [type(m) for m in model.modules()]
@@ -405,8 +450,12 @@ def test_apply_twice_raises():
 
 
 def test_the_other_verbs_need_a_recipe():
-    for verb in (lowbit.report, lambda m: lowbit.calibrate(m, [X]), lambda m: lowbit.save(m, "nowhere"),
-                 lambda m: lowbit.attach(m, torch.optim.SGD(m.parameters(), 0.1))):  # fmt: skip
+    for verb in (
+        lowbit.report,
+        lambda m: lowbit.calibrate(m, [X]),
+        lambda m: lowbit.save(m, "nowhere"),
+        lambda m: lowbit.attach(m, torch.optim.SGD(m.parameters(), 0.1)),
+    ):
         with pytest.raises(ValueError, match="call lowbit.apply"):
             verb(cnn())
 
@@ -431,8 +480,10 @@ def test_report_measures_each_tensor():
 
 
 def test_report_of_attention_has_its_projections_and_products():
-    model = lowbit.apply(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
-                         Recipe("r", Roles(W=INT4, A=INT8, E=INT8, G=INT4), layers=ALL))  # fmt: skip
+    model = lowbit.apply(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        Recipe("r", Roles(W=INT4, A=INT8, E=INT8, G=INT4), layers=ALL),
+    )
     for batch in (None, torch.randn(2, 3, 8)):
         rows = {(r.layer, r.role): r for r in lowbit.report(model, batch).rows}
         w = model.self_attn.in_proj_weight.detach()[8:16].double()

@@ -36,9 +36,19 @@ def test_linear(lead, transposed):
     check(LinearProduct(a.shape, w.shape, transposed), lambda a, w: a @ w if transposed else F.linear(a, w), a, w)
 
 
-@pytest.mark.parametrize("left, right", [((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5)), ((2, 6, 3, 4), (2, 6, 4, 5)),
-                                         ((2, 1, 3, 4), (6, 4, 5)), ((3, 4), (2, 4, 5)), ((2, 3, 4), (4, 5)),
-                                         ((0, 3, 4), (0, 4, 5)), ((2, 3, 0), (2, 0, 5))])  # fmt: skip
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        ((3, 4), (4, 5)),
+        ((2, 3, 4), (2, 4, 5)),
+        ((2, 6, 3, 4), (2, 6, 4, 5)),
+        ((2, 1, 3, 4), (6, 4, 5)),
+        ((3, 4), (2, 4, 5)),
+        ((2, 3, 4), (4, 5)),
+        ((0, 3, 4), (0, 4, 5)),
+        ((2, 3, 0), (2, 0, 5)),
+    ],
+)
 def test_matmul_broadcasts(left, right):
     a, w = torch.randn(left), torch.randn(right)
     check(MatmulProduct(a.shape, w.shape), torch.matmul, a, w)
@@ -74,17 +84,19 @@ def test_depthwise_strided_and_dilated():
     check(ConvProduct(a.shape, w.shape, *args), lambda a, w: F.conv2d(a, w, None, *args), a, w)
 
 
-@pytest.mark.parametrize("stride, padding, extra, dilation, groups",
-                         [c for c in itertools.product((1, 2, 3), (0, 1, 2), (0, 1), (1, 2), (1, 2))
-                          if c[2] < max(c[0], c[3])])  # fmt: skip
+@pytest.mark.parametrize(
+    "stride, padding, extra, dilation, groups",
+    [c for c in itertools.product((1, 2, 3), (0, 1, 2), (0, 1), (1, 2), (1, 2)) if c[2] < max(c[0], c[3])],
+)
 def test_transposed_convolution(stride, padding, extra, dilation, groups):
     a, w = torch.randn(2, 4, 5, 4), torch.randn(4, 3, 3, 2)
 
     def expected(a, w):
         return F.conv_transpose2d(a, w, None, stride, padding, extra, groups, dilation)
 
-    ops = ConvTransposeProduct(a.shape, w.shape, expected(a, w).shape, (stride,) * 2, (padding,) * 2, (dilation,) * 2,
-                               groups)  # fmt: skip
+    ops = ConvTransposeProduct(
+        a.shape, w.shape, expected(a, w).shape, (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups
+    )
     check(ops, expected, a, w)
 
 

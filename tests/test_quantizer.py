@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import AbsMax, Average, Int, PerAxis, PerGroup, PerRow, PerTensor, QSpec, Static  # fmt: skip
+from lowbit import AbsMax, Average, Int, PerAxis, PerGroup, PerRow, PerTensor, QSpec, Static
 from lowbit.blocks import LINEAR_INPUT, LINEAR_WEIGHT
 from lowbit.formats import E2M1, E4M3
 from lowbit.microscaling import mxfp4, mxfp6, mxfp8, mxint8, nvfp4
@@ -150,9 +150,14 @@ def test_unknown_kinds_and_modes_are_named():
 
 # ---- microscaling ----------------------------------------------------------------------------------------------------
 
-MX = {"mxfp8 e4m3": (mxfp8(), 8, 448.0), "mxfp8 e5m2": (mxfp8("e5m2"), 15, 57344.0),
-      "mxfp6 e3m2": (mxfp6(), 4, 28.0), "mxfp6 e2m3": (mxfp6("e2m3"), 2, 7.5), "mxfp4": (mxfp4(), 2, 6.0),
-      "mxint8": (mxint8(), 0, 127 / 64)}  # fmt: skip
+MX = {
+    "mxfp8 e4m3": (mxfp8(), 8, 448.0),
+    "mxfp8 e5m2": (mxfp8("e5m2"), 15, 57344.0),
+    "mxfp6 e3m2": (mxfp6(), 4, 28.0),
+    "mxfp6 e2m3": (mxfp6("e2m3"), 2, 7.5),
+    "mxfp4": (mxfp4(), 2, 6.0),
+    "mxint8": (mxint8(), 0, 127 / 64),
+}
 
 
 @pytest.mark.parametrize("name", MX)
@@ -267,8 +272,11 @@ def test_nvfp4_of_square_blocks_commutes_with_transposition():
 def test_errors_on_gaussian_numbers():
     x = torch.randn(4000, 64)
     mse = {}
-    for name, spec in {"nvfp4": nvfp4(), "mxfp4": mxfp4(),
-                       "int4": QSpec(Int(4, narrow=True), PerGroup(32), AbsMax(7))}.items():  # fmt: skip
+    for name, spec in {
+        "nvfp4": nvfp4(),
+        "mxfp4": mxfp4(),
+        "int4": QSpec(Int(4, narrow=True), PerGroup(32), AbsMax(7)),
+    }.items():
         mse[name] = float((Quantizer.make(spec, LINEAR_INPUT)(x) - x).square().mean())
     assert mse["nvfp4"] == pytest.approx(0.0091, abs=2e-4)
     assert mse["int4"] == pytest.approx(0.0095, abs=3e-4)

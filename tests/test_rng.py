@@ -40,9 +40,7 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-@pytest.mark.parametrize(
-    ("seed", "stream", "step"), [(0, 0, 0), (2**40 + 3, 77, 5), (-1, 2**31 - 1, 2**32 - 1)]
-)
+@pytest.mark.parametrize(("seed", "stream", "step"), [(0, 0, 0), (2**40 + 3, 77, 5), (-1, 2**31 - 1, 2**32 - 1)])
 def test_the_mapping_of_elements(seed, stream, step):
     got = uniform((11,), seed, stream, step)
     for i in range(11):

@@ -24,8 +24,14 @@ EXPECTED = {  # F.0: 2.5 -> 2, 3.5 -> 4, -2.5 -> -2; half_down 0.5 -> 0, -0.5 ->
 
 def test_the_modes_are_these():
     assert ROUNDINGS == (
-        "half_even", "half_away", "half_up", "half_down", "floor", "truncate", "stochastic",
-    )  # fmt: skip
+        "half_even",
+        "half_away",
+        "half_up",
+        "half_down",
+        "floor",
+        "truncate",
+        "stochastic",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -38,9 +44,7 @@ def test_ties(mode, dtype):
 
 @pytest.mark.parametrize("mode", NEAREST)
 def test_just_beside_a_tie_is_no_tie(mode):
-    below = np.nextafter(
-        np.float32(0.5), np.float32(0)
-    )  # 0.49999997: |t| + 0.5 and t - floor(t) both round here
+    below = np.nextafter(np.float32(0.5), np.float32(0))  # 0.49999997: |t| + 0.5 and t - floor(t) both round here
     above = np.nextafter(np.float32(0.5), np.float32(1))
     t = torch.tensor([below, -below, above, -above])
     assert round_to_int(t, mode).tolist() == [0, 0, 1, -1]

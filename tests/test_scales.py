@@ -22,7 +22,7 @@ from lowbit import (
     MinMax,
     MinMSE,
     Moments,
-    Percentile,  # fmt: skip
+    Percentile,
     PowerOfTwo,
     QSpec,
     Static,
@@ -155,11 +155,29 @@ def test_power_of_two_refuses_a_zero_point():
         PowerOfTwo(MinMax(15)).compute(torch.randn(1, 4))
 
 
-@pytest.mark.parametrize("how", [AbsMax(127), MinMax(255), MinMax(255, "real"), Percentile(127), MinMSE(127, 10),
-                                 Moments(12.68, 12.8, 15), PowerOfTwo(AbsMax(127)), Microscale(0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        AbsMax(127),
+        MinMax(255),
+        MinMax(255, "real"),
+        Percentile(127),
+        MinMSE(127, 10),
+        Moments(12.68, 12.8, 15),
+        PowerOfTwo(AbsMax(127)),
+        Microscale(0),
+    ],
+)
 def test_extreme_blocks(how):
-    x = torch.stack([torch.zeros(4), torch.full((4,), 1e-45), torch.tensor([1e-40, -1e-41, 0, 0]),
-                     torch.tensor([3e38, -3e38, 1e38, 0]), torch.tensor([1.0, -2.0, 0.5, 0.0])])  # fmt: skip
+    x = torch.stack(
+        [
+            torch.zeros(4),
+            torch.full((4,), 1e-45),
+            torch.tensor([1e-40, -1e-41, 0, 0]),
+            torch.tensor([3e38, -3e38, 1e38, 0]),
+            torch.tensor([1.0, -2.0, 0.5, 0.0]),
+        ]
+    )
     scale, zero = how.compute(x)
     assert scale.shape == (5, 1) and scale.dtype == x.dtype
     assert scale.isfinite().all() and (scale > 0).all()
@@ -236,8 +254,9 @@ def test_evaluation_before_any_batch_uses_the_tensor_and_keeps_nothing():
     assert used(q, 3.0) == pytest.approx(3.0) and int(q.seen) == 0
 
 
-@pytest.mark.parametrize("how", [Average(AbsMax(127), 0.5), History(AbsMax(127), 4, before=False),
-                                 Average(AbsMax(127), 0.5, before=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "how", [Average(AbsMax(127), 0.5), History(AbsMax(127), 4, before=False), Average(AbsMax(127), 0.5, before=True)]
+)
 def test_a_batch_that_overflowed_leaves_no_trace(how):
     q = tracked(how)
     used(q, 1.0)
@@ -274,14 +293,22 @@ def test_learned_never_turns_negative():
     assert float(clip.step(clip.start(torch.randn(1, 3)))) == pytest.approx(6 / 7)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: AbsMax(0), "must be positive; got 0"), (lambda: MinMax(-1), "got -1"),
-    (lambda: MinMax(3, "cod"), "'code'"),
-    (lambda: Percentile(3, 0), "got 0"), (lambda: MinMSE(3, 0), "got 0"), (lambda: PowerOfTwo(AbsMax(1), "up"), "'up'"),
-    (lambda: Average(AbsMax(1), 1.0), "got 1.0"), (lambda: History(AbsMax(1), 0), "got 0"),
-    (lambda: Static(0), "got 0"),
-    (lambda: Learned(7, "stepp"), "did you mean 'step'"), (lambda: Microscale(2, "flor"), "did you mean 'floor'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: AbsMax(0), "must be positive; got 0"),
+        (lambda: MinMax(-1), "got -1"),
+        (lambda: MinMax(3, "cod"), "'code'"),
+        (lambda: Percentile(3, 0), "got 0"),
+        (lambda: MinMSE(3, 0), "got 0"),
+        (lambda: PowerOfTwo(AbsMax(1), "up"), "'up'"),
+        (lambda: Average(AbsMax(1), 1.0), "got 1.0"),
+        (lambda: History(AbsMax(1), 0), "got 0"),
+        (lambda: Static(0), "got 0"),
+        (lambda: Learned(7, "stepp"), "did you mean 'step'"),
+        (lambda: Microscale(2, "flor"), "did you mean 'floor'"),
+    ],
+)
 def test_bad_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -32,8 +32,14 @@ def recipe(bits: int = 4, **kwargs: object) -> lowbit.Recipe:
 
 def mlp(width: int = 256) -> nn.Sequential:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(),
-                         nn.Linear(width, width))  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+    )
 
 
 @pytest.mark.parametrize(("bits", "ratio"), [(2, 0.08), (3, 0.11), (4, 0.14), (6, 0.20), (8, 0.27)])

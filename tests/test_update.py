@@ -121,8 +121,10 @@ def test_two_parameter_groups_keep_their_rates() -> None:
     groups = [{"params": [model[0].weight], "lr": 1.0}, {"params": [model[2].weight], "lr": 0.25, "weight_decay": 0.5}]
     optimizer = lowbit.attach(model, torch.optim.SGD(groups, lr=0.1))
     set_gradients(model, 0)
-    expected = [GRID_SNAP(model[0].weight - model[0].weight.grad),
-                GRID_SNAP(model[2].weight - 0.25 * (model[2].weight.grad + 0.5 * model[2].weight))]  # fmt: skip
+    expected = [
+        GRID_SNAP(model[0].weight - model[0].weight.grad),
+        GRID_SNAP(model[2].weight - 0.25 * (model[2].weight.grad + 0.5 * model[2].weight)),
+    ]
     untouched = model[0].bias.detach().clone()
     optimizer.step()
     assert torch.equal(model[0].weight, expected[0]) and torch.equal(model[2].weight, expected[1])
@@ -156,6 +158,7 @@ def test_tied_weight_is_stepped_once() -> None:
 
     torch.manual_seed(0)
     model = Tied()
+
     # each application of this G would halve the gradient
     class Half(lowbit.Quantizer, kind="test_update_half"):
         def gradient(self, grad: Tensor, lr: float, key: Tensor | None) -> Tensor:
@@ -489,8 +492,10 @@ def test_learning_rate_triangle() -> None:
 
 def test_roles_and_results_of_a_stage() -> None:
     model = nn.Linear(4, 3, bias=False)
-    stages = (Stage(start=1, stop=3, roles=Roles(U=QSpec(Fixed(4, 2))), result=QSpec(Fixed(4, 3))),
-              Stage(start=3, off=("U", "result")))  # fmt: skip
+    stages = (
+        Stage(start=1, stop=3, roles=Roles(U=QSpec(Fixed(4, 2))), result=QSpec(Fixed(4, 3))),
+        Stage(start=3, off=("U", "result")),
+    )
     recipe = Recipe("t", Roles(U=QSpec(Fixed(4, 8))), Products(result=QSpec(Fixed(4, 7))), schedule=stages)
     lowbit.apply(model, recipe)
     optimizer = lowbit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -499,8 +504,12 @@ def test_roles_and_results_of_a_stage() -> None:
         assert outputs is None and not on_grid(y, 2.0**-7) or outputs is not None and on_grid(y, 2.0**-outputs)
         set_gradients(model, i)
         optimizer.step()
-        assert weights is None and not on_grid(model.weight, 2.0**-8) or weights is not None and on_grid(
-            model.weight, 2.0**-weights), i  # fmt: skip
+        assert (
+            weights is None
+            and not on_grid(model.weight, 2.0**-8)
+            or weights is not None
+            and on_grid(model.weight, 2.0**-weights)
+        ), i
 
 
 # ---- learned parameters ----------------------------------------------------------------------------------------------
@@ -617,8 +626,12 @@ def test_what_attach_refuses() -> None:
 
 
 def test_values_a_specification_refuses() -> None:
-    refused = [(lambda: LossScale(0.0), "positive; got 0.0"), (lambda: Stage(3, 2), "got 3 to 2"),
-               (lambda: Stage(0, lr=(0.1, 1.0)), "needs a stop"), (lambda: Product(samples=0), "least 1")]  # fmt: skip
+    refused = [
+        (lambda: LossScale(0.0), "positive; got 0.0"),
+        (lambda: Stage(3, 2), "got 3 to 2"),
+        (lambda: Stage(0, lr=(0.1, 1.0)), "needs a stop"),
+        (lambda: Product(samples=0), "least 1"),
+    ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
             make()

@@ -1,10 +1,10 @@
 """lowbit trains, quantizes and ships neural networks in few bits: one interface to the published methods.
 
-    import lowbit
+import lowbit
 
-    recipe = lowbit.create("luq")
-    lowbit.apply(model, recipe)             # layers quantize their operands and products
-    lowbit.attach(model, optimizer)         # the optimizer does what the method says of updates
+recipe = lowbit.create("luq")
+lowbit.apply(model, recipe)             # layers quantize their operands and products
+lowbit.attach(model, optimizer)         # the optimizer does what the method says of updates
 """
 
 from . import ops

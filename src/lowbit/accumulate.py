@@ -35,8 +35,9 @@ class Operand:
     quantizer: Quantizer | None = None
 
 
-def multiply(ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, left: Operand, right: Operand,
-             name: str) -> Tensor:  # fmt: skip
+def multiply(
+    ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, left: Operand, right: Operand, name: str
+) -> Tensor:
     """Product `which` (out, grad_a, grad_w) of two operands.
 
     Raises:
@@ -68,8 +69,10 @@ def _codes(operand: Operand, where: str) -> Tensor:
     """The operand's codes as int8, in its shape. NaN has none; the scale of its block is NaN and tells."""
     coded, q = operand.coded, operand.quantizer
     if coded is None or q is None or not isinstance(coded.format, Int) or coded.format.bits > 8 or coded.extra:
-        raise ValueError(f"{where}: an int32 accumulator needs operands on an integer grid of at most 8 bits, set both "
-                         "roles or use another accumulator")  # fmt: skip
+        raise ValueError(
+            f"{where}: an int32 accumulator needs operands on an integer grid of at most 8 bits, set both "
+            "roles or use another accumulator"
+        )
     if coded.zero is not None:
         raise ValueError(f"{where}: an int32 accumulator needs symmetric grids; this one has a zero point")
     if coded.format.max > 127:
@@ -85,10 +88,13 @@ def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str)
         return scale.reshape(())
     legal = PerRow if (which, side) in (("out", "left"), ("out", "right"), ("grad_a", "left")) else PerChannel
     alike = not isinstance(spec.blocks, (PerGroup, PerTile)) and (
-        spec.blocks.kept(len(shape), operand.quantizer.layout) == legal().kept(len(shape), operand.quantizer.layout))
+        spec.blocks.kept(len(shape), operand.quantizer.layout) == legal().kept(len(shape), operand.quantizer.layout)
+    )
     if not alike:
-        raise ValueError(f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks "
-                         f"are {legal.__name__} or PerTensor; got {spec.blocks}")  # fmt: skip
+        raise ValueError(
+            f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks "
+            f"are {legal.__name__} or PerTensor; got {spec.blocks}"
+        )
     if isinstance(ops, LinearProduct):
         # a row scale of the left operand multiplies rows of the result, every other one its columns or rows
         if which == "grad_w":
@@ -100,8 +106,10 @@ def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str)
     assert isinstance(ops, MatmulProduct)
     if ops.a_shape[:-2] != ops.w_shape[:-2]:
         batch = f"{tuple(ops.a_shape[:-2])} and {tuple(ops.w_shape[:-2])}"
-        raise ValueError(f"{where}: an attention product whose batch axes broadcast ({batch}) accumulates in int32 "
-                         "with PerTensor scales only")  # fmt: skip
+        raise ValueError(
+            f"{where}: an attention product whose batch axes broadcast ({batch}) accumulates in int32 "
+            "with PerTensor scales only"
+        )
     down = (which != "grad_w") == (side == "left")
     return scale.reshape(*shape[:-2], *((-1, 1) if down else (1, -1)))
 

@@ -21,10 +21,18 @@ PRODUCTS = ("scores", "context")
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, scores: QMatmul | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    scores: QMatmul | None = None,
     context: QMatmul | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` written as two matrix products, each quantized where given.
 
     Args:
@@ -55,8 +63,16 @@ def share_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[-3], -3)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, factor: float,
-           scores: QMatmul | None, context: QMatmul | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    factor: float,
+    scores: QMatmul | None,
+    context: QMatmul | None,
+) -> tuple[Tensor, Tensor]:
     """The two products with softmax and dropout between them; also the weights that multiply the values."""
     logits = (query @ key.mT if scores is None else scores(query, key.mT)) * factor
     if mask is not None:
@@ -109,9 +125,17 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             return F.linear(x, weight, bias)
         return self.projections[name](LinearProduct(x.shape, weight.shape), x, weight, bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -120,8 +144,10 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         parts = self.parts()
         n, length, _ = query.shape
-        q, k, v = (self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
-                   for p, t in zip(PROJECTIONS[:3], (query, key, value), strict=True))  # fmt: skip
+        q, k, v = (
+            self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
+            for p, t in zip(PROJECTIONS[:3], (query, key, value), strict=True)
+        )
         mask = self._mask(attn_mask, key_padding_mask, n, q)
         if is_causal and attn_mask is None:
             raise ValueError("nn.MultiheadAttention needs attn_mask when is_causal is set, as PyTorch's own does")
@@ -163,8 +189,7 @@ def refusal(module: nn.MultiheadAttention) -> str | None:
     return None
 
 
-def convert(module: nn.MultiheadAttention, projections: dict[str, LayerQuant],
-            products: dict[str, LayerQuant]) -> None:  # fmt: skip
+def convert(module: nn.MultiheadAttention, projections: dict[str, LayerQuant], products: dict[str, LayerQuant]) -> None:
     """Change `module` in place into a `QMultiheadAttention`."""
     cls = type(module)
     plain = cls is nn.MultiheadAttention

@@ -71,8 +71,17 @@ class _Step(torch.autograd.Function):
     """LSQ: `q = step * round(clip(x / step))`, with the step's gradient of the paper times `gain`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Tensor, grid: Tensor, step: Tensor, learned: Tensor, low: float,
-                high: float, gain: float) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        grid: Tensor,
+        step: Tensor,
+        learned: Tensor,
+        low: float,
+        high: float,
+        gain: float,
+    ) -> Tensor:
         ctx.save_for_backward(x, grid, step)
         ctx.bounds = low, high, gain
         return as_output(q)

@@ -23,11 +23,36 @@ from lowbit.serial import nearest as nearest_name
 from lowbit.serial import spec
 
 __all__ = [
-    "BF16", "BINARY", "E2M1", "E2M3", "E3M2", "E3M4", "E4M3", "E4M3B11", "E4M3FNUZ", "E4M3_IEEE", "E5M2",
-    "E5M2FNUZ", "E8M0", "FP16", "FP16_169", "MXINT8", "TERNARY",
-    "Codebook", "Even", "Fixed", "Float", "Format", "Int", "Log",
-    "ap2", "floor_log2", "ldexp", "mx_scale", "pow2",
-]  # fmt: skip
+    "BF16",
+    "BINARY",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E3M4",
+    "E4M3",
+    "E4M3B11",
+    "E4M3FNUZ",
+    "E4M3_IEEE",
+    "E5M2",
+    "E5M2FNUZ",
+    "E8M0",
+    "FP16",
+    "FP16_169",
+    "MXINT8",
+    "TERNARY",
+    "Codebook",
+    "Even",
+    "Fixed",
+    "Float",
+    "Format",
+    "Int",
+    "Log",
+    "ap2",
+    "floor_log2",
+    "ldexp",
+    "mx_scale",
+    "pow2",
+]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -671,8 +696,10 @@ def _log_table(fmt: Log) -> tuple[list[float], list[int], list[float]]:
     sizes = [fmt.offset * power(k) for k in range(fmt.kmin, fmt.kmax + 1)]
     least = fmt.offset * power(fmt.kmin - 1)  # the missing level below the smallest
     below = [least if fmt.zero else sizes[0], *sizes[:-1]]
-    switch = [math.sqrt(a) * math.sqrt(b) if a * b in (0.0, math.inf) else math.sqrt(a * b)
-              for a, b in zip(below, sizes, strict=True)]  # fmt: skip
+    switch = [
+        math.sqrt(a) * math.sqrt(b) if a * b in (0.0, math.inf) else math.sqrt(a * b)
+        for a, b in zip(below, sizes, strict=True)
+    ]
     values, codes = sizes, list(range(fmt.zero, fmt.zero + len(sizes)))
     mids = switch if fmt.zero else switch[1:]
     if fmt.zero:

@@ -50,9 +50,16 @@ def own_attention(module: nn.Module) -> str | None:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **others: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
     """Attention as transformers asks for it.
 
     Args:
@@ -67,8 +74,10 @@ def attention_forward(
         ValueError: the model asks for something this function doesn't compute, such as capped scores.
     """
     if unknown := [name for name in UNKNOWN if others.get(name) is not None]:
-        raise ValueError(f"{type(module).__name__} passes {unknown[0]!r} to its attention, which has no quantized "
-                         "version; leave 'attention' out of the recipe's layers")  # fmt: skip
+        raise ValueError(
+            f"{type(module).__name__} passes {unknown[0]!r} to its attention, which has no quantized "
+            "version; leave 'attention' out of the recipe's layers"
+        )
     key, value = (share_heads(t, query.shape[1]) if t.shape[1] != query.shape[1] else t for t in (key, value))
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
@@ -91,8 +100,10 @@ def convert(module: nn.Module, products: dict[str, LayerQuant], undo: list[Calla
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     if hasattr(module, "products"):
-        raise ValueError(f"{type(module).__name__} has an attribute 'products' of its own; leave 'attention' out of "
-                         "the recipe's layers")  # fmt: skip
+        raise ValueError(
+            f"{type(module).__name__} has an attribute 'products' of its own; leave 'attention' out of "
+            "the recipe's layers"
+        )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, eager_mask)  # without one transformers would pass no mask at all
     module.products = nn.ModuleDict({k: QMatmul(v) for k, v in products.items()})

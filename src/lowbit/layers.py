@@ -78,9 +78,18 @@ class LayerQuant(nn.Module):
         states: grid of the optimizer's state (`Update.states`).
     """
 
-    def __init__(self, kind: str, name: str, roles: Roles, products: Products, layouts: Layouts,
-                 weight: Tensor | None = None, stages: tuple[Stage, ...] = (), seed: int = 0,
-                 states: QSpec | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        roles: Roles,
+        products: Products,
+        layouts: Layouts,
+        weight: Tensor | None = None,
+        stages: tuple[Stage, ...] = (),
+        seed: int = 0,
+        states: QSpec | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.name, self.roles, self.products, self.layouts = kind, name, roles, products, layouts
         self.stage: int | None = None
@@ -91,8 +100,14 @@ class LayerQuant(nn.Module):
 
         def add(slot: str, role: str, spec: QSpec, which: str = "out") -> None:
             own = weight if role in ("W", "G", "U") else None
-            self.slots[slot] = Quantizer.make(spec, layouts.of(role, which), f"{name}.{slot}", weight=own is not None
-                                              and role == "W", seed=seed, like=own)  # fmt: skip
+            self.slots[slot] = Quantizer.make(
+                spec,
+                layouts.of(role, which),
+                f"{name}.{slot}",
+                weight=own is not None and role == "W",
+                seed=seed,
+                like=own,
+            )
 
         named = roles.named()
         if weight is None:  # both operands of an attention product are activations
@@ -189,11 +204,13 @@ class LayerQuant(nn.Module):
 class _Run:
     """One call of a layer: its products, its quantizers and which random keys the backward pass will use."""
 
-    def __init__(self, layer: LayerQuant, ops: ProductOps, roles: dict[str, Quantizer | None],
-                 coded: dict[str, Coded | None]) -> None:  # fmt: skip
+    def __init__(
+        self, layer: LayerQuant, ops: ProductOps, roles: dict[str, Quantizer | None], coded: dict[str, Coded | None]
+    ) -> None:
         self.ops, self.roles, self.coded, self.error = ops, roles, coded, roles["E"]
-        self.overrides = {(which, side): layer.override(which, side)
-                          for which in OPERANDS for side in ("left", "right")}  # fmt: skip
+        self.overrides = {
+            (which, side): layer.override(which, side) for which in OPERANDS for side in ("left", "right")
+        }
         self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
         self.samples = layer.products.grad_w.samples
         self.name = layer.name
@@ -210,8 +227,9 @@ class _Run:
     def raw_needed(self, which: str, side: str) -> bool:
         return self.overrides[which, side] is not None
 
-    def operand(self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None,
-                keys: dict[Any, Tensor | None]) -> Operand:  # fmt: skip
+    def operand(
+        self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None, keys: dict[Any, Tensor | None]
+    ) -> Operand:
         """One operand: the values of its role reused, quantized anew, or kept in float."""
         override = self.overrides[which, side]
         if override is None:
@@ -246,8 +264,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled() and not ctx.run.plain:
-            raise RuntimeError(f"{ctx.run.name}: the backward pass of a layer with a quantized gradient can't be "
-                               "differentiated again; leave create_graph out")  # fmt: skip
+            raise RuntimeError(
+                f"{ctx.run.name}: the backward pass of a layer with a quantized gradient can't be "
+                "differentiated again; leave create_graph out"
+            )
         with torch.autocast(grads[0].device.type, enabled=False):
             return _Product.products(ctx, grads[0])
 
@@ -357,14 +377,17 @@ class QConvTranspose2d(Quantized, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == 4
         x = input if batched else input.unsqueeze(0)
-        extra = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2,  # type: ignore
-                                     self.dilation)  # type: ignore  # fmt: skip
-        size = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in
-                zip(x.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, extra,
-                    strict=True)]  # type: ignore[arg-type]  # fmt: skip
+        geometry: Any = (self.stride, self.padding, self.kernel_size, self.dilation)
+        stride, padding, kernel, dilation = (list(v) for v in geometry)
+        extra = self._output_padding(x, output_size, stride, padding, kernel, 2, dilation)
+        size = [
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for n, s, p, d, k, o in zip(x.shape[2:], stride, padding, dilation, kernel, extra, strict=True)
+        ]
         out_shape = torch.Size([x.shape[0], self.out_channels, *size])
-        ops = ConvTransposeProduct(x.shape, self.weight.shape, out_shape, self.stride, self.padding,  # type: ignore
-                                   self.dilation, self.groups)  # type: ignore[arg-type]  # fmt: skip
+        ops = ConvTransposeProduct(
+            x.shape, self.weight.shape, out_shape, tuple(stride), tuple(padding), tuple(dilation), self.groups
+        )
         bias = None if self.bias is None else self.bias.reshape(1, -1, 1, 1)
         y = self.quant(ops, x, self.weight, bias)
         return y if batched else y.squeeze(0)
@@ -401,5 +424,3 @@ def transposed_linear(cls: type) -> type:
         return self.quant(LinearProduct(x.shape, self.weight.shape, transposed=True), x, self.weight, self.bias)
 
     return type(f"Q{cls.__name__}", (Quantized, cls), {"forward": forward, "__doc__": cls.__doc__})
-
-

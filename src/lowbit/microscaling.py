@@ -49,6 +49,7 @@ __all__ = ["mxfp4", "mxfp6", "mxfp8", "mxint8", "nvfp4"]
 
 Mode = Literal["floor", "ceil", "even"]
 BLOCK = 32
+GROUP = PerGroup(BLOCK)
 """Elements of an MX block."""
 
 
@@ -62,26 +63,34 @@ def _element(name: str, elements: dict[str, tuple[Float, int]]) -> tuple[Float, 
     return elements[name]
 
 
-def mxfp8(element: Literal["e4m3", "e5m2"] = "e4m3", rounding: Rounding = "half_even", mode: Mode = "floor",
-          blocks: Blocks = PerGroup(BLOCK)) -> QSpec:  # noqa: B008  # fmt: skip
+def mxfp8(
+    element: Literal["e4m3", "e5m2"] = "e4m3",
+    rounding: Rounding = "half_even",
+    mode: Mode = "floor",
+    blocks: Blocks = GROUP,
+) -> QSpec:
     """MXFP8. With `e5m2` finite values saturate at 57344."""
     fmt, emax = _element(element, {"e4m3": (E4M3, 8), "e5m2": (E5M2, 15)})
     return _mx(fmt, emax, fmt.mantissa, rounding, mode, blocks)
 
 
-def mxfp6(element: Literal["e3m2", "e2m3"] = "e3m2", rounding: Rounding = "half_even", mode: Mode = "floor",
-          blocks: Blocks = PerGroup(BLOCK)) -> QSpec:  # noqa: B008  # fmt: skip
+def mxfp6(
+    element: Literal["e3m2", "e2m3"] = "e3m2",
+    rounding: Rounding = "half_even",
+    mode: Mode = "floor",
+    blocks: Blocks = GROUP,
+) -> QSpec:
     """MXFP6."""
     fmt, emax = _element(element, {"e3m2": (E3M2, 4), "e2m3": (E2M3, 2)})
     return _mx(fmt, emax, fmt.mantissa, rounding, mode, blocks)
 
 
-def mxfp4(rounding: Rounding = "half_even", mode: Mode = "floor", blocks: Blocks = PerGroup(BLOCK)) -> QSpec:  # noqa: B008
+def mxfp4(rounding: Rounding = "half_even", mode: Mode = "floor", blocks: Blocks = GROUP) -> QSpec:
     """MXFP4."""
     return _mx(E2M1, 2, E2M1.mantissa, rounding, mode, blocks)
 
 
-def mxint8(rounding: Rounding = "half_even", mode: Mode = "floor", blocks: Blocks = PerGroup(BLOCK)) -> QSpec:  # noqa: B008
+def mxint8(rounding: Rounding = "half_even", mode: Mode = "floor", blocks: Blocks = GROUP) -> QSpec:
     """MXINT8: ±127 steps of 1/64, so the code of -2 is never written."""
     return _mx(MXINT8, 0, 6, rounding, mode, blocks)
 

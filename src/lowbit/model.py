@@ -78,8 +78,10 @@ def convert(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     items, left = _plan(model, recipe)
     wanted = bool(recipe.roles.named() or any(r.roles and r.roles.named() for r in recipe.rules))
     if wanted and not any(item.quant is not None for item in items):
-        raise ValueError(f"recipe {recipe.name!r} matches no layer of this model: it has none of the kinds "
-                         f"{', '.join(recipe.layers)}, or rules leave all in float")  # fmt: skip
+        raise ValueError(
+            f"recipe {recipe.name!r} matches no layer of this model: it has none of the kinds "
+            f"{', '.join(recipe.layers)}, or rules leave all in float"
+        )
     undo: list[Callable[[], None]] = []
     try:
         _swap(model, recipe, undo)
@@ -125,8 +127,11 @@ def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
     for item in items:
         roles, products, rule_hit = recipe.roles, recipe.products, None
         for rule in recipe.rules:
-            if (fnmatch.fnmatchcase(item.name, rule.name) and rule.type in ("any", item.kind)
-                    and (rule.where == "any" or item.name in ends[rule.where])):  # fmt: skip
+            if (
+                fnmatch.fnmatchcase(item.name, rule.name)
+                and rule.type in ("any", item.kind)
+                and (rule.where == "any" or item.name in ends[rule.where])
+            ):
                 rule_hit = rule
                 roles = roles if rule.roles is None else rule.roles
                 products = products if rule.products is None else rule.products
@@ -143,8 +148,9 @@ def _plan(model: nn.Module, recipe: Recipe) -> tuple[list[Item], list[Left]]:
             left.append(Left(item.name, type(item.module).__name__, reason))
             continue
         stages = recipe.schedule if roles.named() else ()
-        item.quant = LayerQuant(item.kind, item.name, roles, products, item.layouts, item.weight, stages, recipe.seed,
-                                recipe.update.states)  # fmt: skip
+        item.quant = LayerQuant(
+            item.kind, item.name, roles, products, item.layouts, item.weight, stages, recipe.seed, recipe.update.states
+        )
         item.quant.train(item.module.training)
         if (sample := next(item.module.parameters(), None)) is not None:
             item.quant.to(sample.device)
@@ -247,8 +253,10 @@ def _convert(items: list[Item], undo: list[Callable[[], None]]) -> None:
 def _no_fast_path(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     # In evaluation nn.TransformerEncoderLayer may hand its raw weights to one fused operator, past the layers in it.
     for module in model.modules():
-        for cls, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-                               (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
+        for cls, name, off in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
             if isinstance(module, cls) and getattr(module, name, off) != off:
                 before = getattr(module, name)
                 undo.append(lambda m=module, n=name, v=before: setattr(m, n, v))  # type: ignore[misc]
@@ -263,8 +271,10 @@ def _restore(module: nn.Module, cls: type[nn.Module], *names: str) -> None:
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """A function that brings back every module and the values of every tensor as they are now."""
-    modules = [(m, m.__class__, {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()})
-               for m in model.modules()]  # fmt: skip
+    modules = [
+        (m, m.__class__, {k: dict(v) if isinstance(v, dict) else v for k, v in m.__dict__.items()})
+        for m in model.modules()
+    ]
     values = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
 
     def restore() -> None:

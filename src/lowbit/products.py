@@ -104,8 +104,9 @@ class ConvProduct(ProductOps):
 
     def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
-            return torch.ops.aten.convolution(a, w, None, self.stride, self.padding, self.dilation, False,
-                                              [0] * len(self.stride), self.groups)  # fmt: skip
+            return torch.ops.aten.convolution(
+                a, w, None, self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
+            )
         cols, spatial = self._columns(a)
         weights = w.reshape(self.groups, w.shape[0] // self.groups, -1)
         parts = [mm(c, g.t()) for c, g in zip(cols, weights, strict=True)]
@@ -115,13 +116,24 @@ class ConvProduct(ProductOps):
         if mm is None:
             like = e.new_empty(1).expand(self.a_shape)
             return torch.ops.aten.convolution_backward(
-                e, like, w, None, self.stride, self.padding, self.dilation, False, [0] * len(self.stride),
-                self.groups, [True, False, False])[0]  # fmt: skip
+                e,
+                like,
+                w,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0] * len(self.stride),
+                self.groups,
+                [True, False, False],
+            )[0]
         # a convolution of the spread-out error with the flipped kernel: K runs over (out channels, kernel)
         kernel = self.w_shape[2:]
         pads: list[int] = []
-        for size, k, s, p, d, n in zip(self.a_shape[2:], kernel, self.stride, self.padding, self.dilation,
-                                       e.shape[2:], strict=True):  # fmt: skip
+        for size, k, s, p, d, n in zip(
+            self.a_shape[2:], kernel, self.stride, self.padding, self.dilation, e.shape[2:], strict=True
+        ):
             left = d * (k - 1) - p
             pads = [left, size - ((n - 1) * s + 1) - left + d * (k - 1), *pads]
         spread = F.pad(_spread(e, self.stride), pads)
@@ -137,8 +149,18 @@ class ConvProduct(ProductOps):
         if mm is None:
             like = e.new_empty(1).expand(self.w_shape)
             return torch.ops.aten.convolution_backward(
-                e, a, like, None, self.stride, self.padding, self.dilation, False, [0] * len(self.stride),
-                self.groups, [False, True, False])[1]  # fmt: skip
+                e,
+                a,
+                like,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0] * len(self.stride),
+                self.groups,
+                [False, True, False],
+            )[1]
         cols, _ = self._columns(a)  # K runs over (sample, position)
         rows = e.transpose(0, 1).reshape(self.groups, e.shape[1] // self.groups, -1)
         return torch.cat([mm(r, c) for r, c in zip(rows, cols, strict=True)]).reshape(self.w_shape)
@@ -186,9 +208,18 @@ class ConvTransposeProduct(ProductOps):
     def _fit(self, a: Tensor) -> Tensor:
         """`a` padded with zeros to what the mirrored convolution gives, which an output padding as large as the stride
         makes longer."""
-        more = [(o + 2 * p - d * (k - 1) - 1) // s + 1 - n for o, k, s, p, d, n in
-                zip(self.out_shape[2:], self.w_shape[2:], self.stride, self.padding, self.dilation, self.a_shape[2:],
-                    strict=True)]  # fmt: skip
+        more = [
+            (o + 2 * p - d * (k - 1) - 1) // s + 1 - n
+            for o, k, s, p, d, n in zip(
+                self.out_shape[2:],
+                self.w_shape[2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.a_shape[2:],
+                strict=True,
+            )
+        ]
         return F.pad(a, [p for m in reversed(more) for p in (0, m)]) if any(more) else a
 
 

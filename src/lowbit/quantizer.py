@@ -176,8 +176,16 @@ class Quantizer(nn.Module):
             raise ValueError(f"unknown kind of quantizer {spec.kind!r}; {nearest(spec.kind, Quantizer.kinds)}")
         return Quantizer.kinds[spec.kind](spec, *args, **kwargs)
 
-    def __init__(self, spec: QSpec, layout: Layout | None = None, name: str = "", *, weight: bool = False,
-                 seed: int = 0, like: Tensor | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        spec: QSpec,
+        layout: Layout | None = None,
+        name: str = "",
+        *,
+        weight: bool = False,
+        seed: int = 0,
+        like: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
         self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
@@ -190,8 +198,10 @@ class Quantizer(nn.Module):
             self.stream = Stream(seed, stream_id(name))
         if isinstance(spec.scale, Learned):
             if not spec.backward.learns:
-                raise ValueError(f"{name or spec.kind}: a Learned scale needs LearnedStep or LearnedClip, not "
-                                 f"{type(spec.backward).__name__}")  # fmt: skip
+                raise ValueError(
+                    f"{name or spec.kind}: a Learned scale needs LearnedStep or LearnedClip, not "
+                    f"{type(spec.backward).__name__}"
+                )
             if like is None and not isinstance(spec.blocks, PerTensor):
                 raise ValueError(f"{name or spec.kind}: an activation's Learned scale is per tensor; got {spec.blocks}")
             count = 1 if like is None else spec.blocks.view(like, self.layout).shape[0]
@@ -286,8 +296,10 @@ class Quantizer(nn.Module):
         count = int(self.seen)
         old = self.tracked
         if count and old.shape[-1 if isinstance(how, History) else 0] and old.shape[0] != x.shape[0]:
-            raise ValueError(f"{self.name}: {type(how).__name__} has tracked {old.shape[0]} blocks and now sees "
-                             f"{x.shape[0]}; use blocks whose number does not depend on the batch")  # fmt: skip
+            raise ValueError(
+                f"{self.name}: {type(how).__name__} has tracked {old.shape[0]} blocks and now sees "
+                f"{x.shape[0]}; use blocks whose number does not depend on the batch"
+            )
         if not (self.training or self.calibrating) and count:
             return self._summary(how, old).to(x.dtype)
         if torch._C._current_graph_task_id() != -1 and (known := recall(self._calls)) is not None:
@@ -411,8 +423,18 @@ class Quantizer(nn.Module):
         bits = storage_bits(fmt)
         if bits < 8:
             codes = pack((codes.to(torch.int16) + _offset(fmt)).to(torch.uint8), bits)
-        return QTensor(codes, coded.scale, coded.zero, coded.extra, self.spec, fmt, self.layout, x.shape,
-                       coded.grid.numel(), x.dtype)  # fmt: skip
+        return QTensor(
+            codes,
+            coded.scale,
+            coded.zero,
+            coded.extra,
+            self.spec,
+            fmt,
+            self.layout,
+            x.shape,
+            coded.grid.numel(),
+            x.dtype,
+        )
 
     @contextlib.contextmanager
     def repeating(self, scale: Tensor | None) -> Iterator[None]:

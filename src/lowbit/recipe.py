@@ -24,8 +24,21 @@ from .formats import Float
 from .quantizer import QSpec
 from .serial import from_data, nearest, spec, to_data
 
-__all__ = ["Chunked", "Int32", "Keep", "LossScale", "Product", "Products", "Recipe", "Roles", "Rule", "Stage", "Step",
-           "Swap", "Update"]  # fmt: skip
+__all__ = [
+    "Chunked",
+    "Int32",
+    "Keep",
+    "LossScale",
+    "Product",
+    "Products",
+    "Recipe",
+    "Roles",
+    "Rule",
+    "Stage",
+    "Step",
+    "Swap",
+    "Update",
+]
 
 LAYERS = ("linear", "conv", "embedding", "attention")
 VERSION = 1

@@ -54,7 +54,8 @@ class Report:
     rows: tuple[Row, ...]
 
     def bits(self) -> dict[str, float]:
-        """Mean stored bits of each role over the layers that multiply, weighted by layer (float layers count 32)."""
+        """Mean stored bits of each role over the converted layers; a role that such a layer leaves in float counts 32,
+        a layer that a rule leaves in float does not count."""
         named: dict[str, list[float]] = {r: [] for r in "WAEGU"}
         layers = list(dict.fromkeys(r.layer for r in self.rows if r.kind != "other"))
         by = {(r.layer, r.role): r.bits for r in self.rows}
@@ -111,8 +112,12 @@ class Tally:
         if not self.count:
             return {}
         sqnr = math.inf if self.noise == 0 else 10 * math.log10(max(self.signal, 1e-300) / self.noise)
-        return {"scale": self.scale / self.uses, "sqnr": sqnr, "clipped": self.clipped / self.count,
-                "zero": self.zeroed / self.count}  # fmt: skip
+        return {
+            "scale": self.scale / self.uses,
+            "sqnr": sqnr,
+            "clipped": self.clipped / self.count,
+            "zero": self.zeroed / self.count,
+        }
 
 
 def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | None = None) -> Report:
@@ -135,8 +140,9 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
             assert isinstance(quant, Quantizer)
             figures = tallies[name, slot].figures if (name, slot) in tallies else {}
             note = "the right operand, as A" if layer.kind == "attention" and slot == "W" else ""
-            rows.append(Row(name, layer.kind, slot, str(quant.spec.format), float(quant.spec.format.bits), note=note,
-                            **figures))  # fmt: skip
+            rows.append(
+                Row(name, layer.kind, slot, str(quant.spec.format), float(quant.spec.format.bits), note=note, **figures)
+            )
         for which in ("out", "grad_a", "grad_w"):
             how = getattr(layer.products, which).accumulator
             if how is not None:

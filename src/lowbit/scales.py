@@ -17,8 +17,21 @@ from torch import Tensor
 from .formats import floor_log2, mx_scale, pow2
 from .serial import nearest, spec
 
-__all__ = ["AbsMax", "Average", "History", "Learned", "Microscale", "MinMSE", "MinMax", "Moments", "Percentile",
-           "PowerOfTwo", "Scale", "Static", "sawb"]  # fmt: skip
+__all__ = [
+    "AbsMax",
+    "Average",
+    "History",
+    "Learned",
+    "Microscale",
+    "MinMSE",
+    "MinMax",
+    "Moments",
+    "Percentile",
+    "PowerOfTwo",
+    "Scale",
+    "Static",
+    "sawb",
+]
 
 
 def _safe(scale: Tensor) -> Tensor:
@@ -167,9 +180,15 @@ class Moments(Scale):
 
 
 SAWB: dict[tuple[str, int], tuple[float, float]] = {
-    ("even", 2): (3.12, 2.064), ("even", 3): (7.509, 6.892), ("even", 4): (12.68, 12.80), ("even", 5): (17.74, 18.64),
-    ("zero", 2): (2.6, 1.71), ("zero", 4): (12.035, 12.03), ("zero", 7): (28.24, 30.81), ("zero", 8): (31.76, 35.04),
-}  # fmt: skip
+    ("even", 2): (3.12, 2.064),
+    ("even", 3): (7.509, 6.892),
+    ("even", 4): (12.68, 12.80),
+    ("even", 5): (17.74, 18.64),
+    ("zero", 2): (2.6, 1.71),
+    ("zero", 4): (12.035, 12.03),
+    ("zero", 7): (28.24, 30.81),
+    ("zero", 8): (31.76, 35.04),
+}
 """c1, c2 of `Moments` by level set and bits: the authors' fits of the MSE-optimal clip of six densities (released code;
 the paper gives 3.2, 2.1 for two bits). `even`: 2^b levels without zero; `zero`: 2^b - 1 levels with it."""
 
@@ -181,8 +200,10 @@ def sawb(bits: int, levels: Literal["even", "zero"] = "even") -> Moments:
         ValueError: no coefficients were published for these bits and levels.
     """
     if (levels, bits) not in SAWB:
-        raise ValueError(f"SAWB has no coefficients for {bits!r} bits with {levels!r} levels; there are "
-                         f"{', '.join(f'{b} bits {s}' for s, b in SAWB)}")  # fmt: skip
+        raise ValueError(
+            f"SAWB has no coefficients for {bits!r} bits with {levels!r} levels; there are "
+            f"{', '.join(f'{b} bits {s}' for s, b in SAWB)}"
+        )
     return Moments(*SAWB[levels, bits], denominator=2**bits - 1 if levels == "even" else 2 ** (bits - 1) - 1)
 
 

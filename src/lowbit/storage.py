@@ -124,8 +124,13 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         q = entry.quant.encode(state[entry.param][entry.rows].detach()) if q is None else q
         parts = {"codes": q.codes, "scale": q.scale} | ({} if q.zero is None else {"zero": q.zero}) | dict(q.extra)
         tensors |= {f"{name}:{k}": v.contiguous() for k, v in parts.items()}
-        coded[name] = {"format": to_data(q.format), "count": q.count, "shape": list(q.shape),
-                       "dtype": str(q.dtype).removeprefix("torch."), "extra": sorted(q.extra)}  # fmt: skip
+        coded[name] = {
+            "format": to_data(q.format),
+            "count": q.count,
+            "shape": list(q.shape),
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "extra": sorted(q.extra),
+        }
     return tensors, coded
 
 
@@ -204,8 +209,18 @@ def _read(name: str, entry: Any, tensors: dict[str, Tensor], place: Packed, weig
         extra = {k: tensors.pop(f"{name}:{k}") for k in entry["extra"]}
         codes, scale = tensors.pop(f"{name}:codes"), tensors.pop(f"{name}:scale")
         zero = tensors.pop(f"{name}:zero", None)
-        return QTensor(codes, scale, zero, extra, place.quant.spec, fmt, place.quant.layout, weight.shape,
-                       int(entry["count"]), weight.dtype)  # fmt: skip
+        return QTensor(
+            codes,
+            scale,
+            zero,
+            extra,
+            place.quant.spec,
+            fmt,
+            place.quant.layout,
+            weight.shape,
+            int(entry["count"]),
+            weight.dtype,
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"can't read {name}: {error}") from None
 

@@ -17,8 +17,7 @@ class _ShiftNorm(torch.autograd.Function):
     """y = ap2(gamma) * (x - mean) * ap2(istd) + beta; in training `mean` and `istd` are those of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, istd: Tensor,
-                training: bool) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, istd: Tensor, training: bool) -> Tensor:
         wide = (1, -1, *[1] * (x.ndim - 2))
         centred = x - mean.reshape(wide)
         inverse, slope = ap2(istd).reshape(wide), ap2(gamma).reshape(wide)
@@ -90,8 +89,9 @@ class ShiftBatchNorm(nn.Module):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_istd.lerp_(istd.to(self.running_istd.dtype), self.momentum)
                 self.num_batches_tracked += 1
-        return _ShiftNorm.apply(y, self.weight.to(y.dtype), self.bias.to(y.dtype), mean.to(y.dtype), istd.to(y.dtype),
-                                self.training).to(x.dtype)  # fmt: skip
+        return _ShiftNorm.apply(
+            y, self.weight.to(y.dtype), self.bias.to(y.dtype), mean.to(y.dtype), istd.to(y.dtype), self.training
+        ).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -121,8 +121,9 @@ def stored(model: nn.Module, control: Control) -> list[Stored]:
 def _check_sgd(optimizer: torch.optim.Optimizer, entries: list[Stored], axpy: bool) -> None:
     plain = any("G" in e.quant.slots and e.quant.slots["G"].plain_sgd for e in entries)
     if plain and not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(f"this recipe's gradients are finished updates: they need torch.optim.SGD, not "
-                         f"{type(optimizer).__name__}")  # fmt: skip
+        raise ValueError(
+            f"this recipe's gradients are finished updates: they need torch.optim.SGD, not {type(optimizer).__name__}"
+        )
     refused = ("momentum", "weight_decay") if plain else ("dampening", "nesterov", "maximize") if axpy else ()
     for group in optimizer.param_groups:
         for name in refused:

@@ -140,8 +140,15 @@ def test_layers_with_histograms_are_spread():
 def test_attention_and_sequences(tmp_path):
     (tmp_path / "input.txt").write_text("the cat sat on the mat. " * 60)
     small = {"dim": 16, "depth": 1, "heads": 2}
-    config = Config(data=f"text:{tmp_path}", data_options={"block": 16}, model_options=small, epochs=1, limit=64,
-                    device="cpu", threads=1)  # fmt: skip
+    config = Config(
+        data=f"text:{tmp_path}",
+        data_options={"block": 16},
+        model_options=small,
+        epochs=1,
+        limit=64,
+        device="cpu",
+        threads=1,
+    )
     data = load(config.data, block=16)
     results = compare.compare([("fp32", {}), ("twn", {})], config, data, [0], tmp_path / "out", measure=False)
     assert results["metric"]["name"] == "perplexity" and results["metric"]["better"] == "lower"
@@ -171,8 +178,9 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
     assert by_key(again)["twn"]["step"] == by_key(first)["twn"]["step"]  # nor is the time measured again
     steps.clear()
     other = dataclasses.replace(TINY, epochs=1)
-    compare.compare(METHODS[:1], other, DIGITS, [0], tmp_path, measure=False,
-                    progress=lambda e: steps.append(e["phase"]))  # fmt: skip
+    compare.compare(
+        METHODS[:1], other, DIGITS, [0], tmp_path, measure=False, progress=lambda e: steps.append(e["phase"])
+    )
     assert steps.count("train") == 8  # another configuration is another run
     config = json.loads((tmp_path / "runs" / "fp32" / "seed0" / "config.json").read_text())
     assert config["epochs"] == 1
@@ -188,8 +196,15 @@ def test_a_run_that_was_cut_off_continues(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare.compare(METHODS[:1], TINY, DIGITS, [0], tmp_path / "cut", measure=False, progress=cut)
     steps = []
-    rest = compare.compare(METHODS[:1], TINY, DIGITS, [0], tmp_path / "cut", measure=False,
-                           progress=lambda e: steps.append(e["step"]) if "step" in e else None)  # fmt: skip
+    rest = compare.compare(
+        METHODS[:1],
+        TINY,
+        DIGITS,
+        [0],
+        tmp_path / "cut",
+        measure=False,
+        progress=lambda e: steps.append(e["step"]) if "step" in e else None,
+    )
     assert steps[0] == 9 and rest["methods"][0]["metric"] == whole["methods"][0]["metric"]
 
 
@@ -203,8 +218,13 @@ def test_a_method_that_fails_and_one_that_diverges(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lowbit, "apply", apply)
     real_train = compare.train
-    monkeypatch.setattr(compare, "train", lambda config, *a, **k: real_train(
-        dataclasses.replace(config, lr=1e9) if config.options.get("threshold") == 0.9 else config, *a, **k))
+    monkeypatch.setattr(
+        compare,
+        "train",
+        lambda config, *a, **k: real_train(
+            dataclasses.replace(config, lr=1e9) if config.options.get("threshold") == 0.9 else config, *a, **k
+        ),
+    )
     methods = [("twn", {"threshold": 0.5}), ("twn", {"threshold": 0.9}), ("fp32", {})]
     results = compare.compare(methods, TINY, DIGITS, [0], tmp_path)
     failed, diverged, ok = results["methods"]
@@ -272,8 +292,9 @@ def test_marked_regions(made, tmp_path):
         (tmp_path / name).mkdir()
     write_json(tmp_path / "results" / "mine.json", compare.record(results))
     page = tmp_path / "docs" / "results.md"
-    page.write_text("# R\n<!-- table:mine -->\nstale\n<!-- /table:mine -->\nbetween\n"
-                    "<!-- table:paper -->\n<!-- /table:paper -->\n")  # fmt: skip
+    page.write_text(
+        "# R\n<!-- table:mine -->\nstale\n<!-- /table:mine -->\nbetween\n<!-- table:paper -->\n<!-- /table:paper -->\n"
+    )
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table:methods -->\n<!-- /table:methods -->\nz\n")
     assert tables.refresh(tmp_path, check=True) == [readme, page] and "stale" in page.read_text()
@@ -291,10 +312,13 @@ def test_marked_regions(made, tmp_path):
         tables.refresh(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("<!-- table:nothing -->\n<!-- /table:nothing -->\n", "no table 'nothing'"),
-    ("<!-- table:methods -->\n", "has no <!-- /table:NAME -->"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table:nothing -->\n<!-- /table:nothing -->\n", "no table 'nothing'"),
+        ("<!-- table:methods -->\n", "has no <!-- /table:NAME -->"),
+    ],
+)
 def test_wrong_regions(tmp_path, text, message):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match=message):

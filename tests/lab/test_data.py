@@ -621,9 +621,7 @@ def test_text_windows(sources):
         assert all((*a, b[-1]) in windows for a, b in zip(x.tolist(), y.tolist(), strict=True))
     batches = collect(data, "test")
     x, y = (torch.cat([b[i] for b in batches]).flatten() for i in (0, 1))
-    assert torch.equal(y[: len(test) - 1], test[1:].long()) and torch.equal(
-        x[: len(test) - 1], test[:-1].long()
-    )
+    assert torch.equal(y[: len(test) - 1], test[1:].long()) and torch.equal(x[: len(test) - 1], test[:-1].long())
     assert (y[len(test) - 1 :] == IGNORE).all() and not x[len(test) - 1 :].any()
     assert len(y) == 112 and len(test) == 100  # 7 windows of 16
 
@@ -656,9 +654,7 @@ def test_words():
 
 def test_pairs(tmp_path):
     train = [("A dog runs.", "Ein Hund läuft."), ("A dog .", "Ein Hund ."), ("a cat", "eine Katze")]
-    data = load(
-        f"pairs:{write_pairs(tmp_path / 'p', train, [('A bird runs', 'Ein')])}", min_count=2, length=6
-    )
+    data = load(f"pairs:{write_pairs(tmp_path / 'p', train, [('A bird runs', 'Ein')])}", min_count=2, length=6)
     # counts: "." 4, "a" 3, then "dog", "ein", "hund" 2 each
     assert data.names == ("<pad>", "<bos>", "<eos>", "<unk>", ".", "a", "dog", "ein", "hund")
     assert data.task == "translation" and data.classes == 9 and data.input_shape == (2, 6)

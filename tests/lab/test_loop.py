@@ -87,20 +87,23 @@ def test_a_recipe_of_ones_own_with_rules():
     assert loop.recipe_of(full).to_json() == recipe.to_json()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"method": "lug"}, "unknown method 'lug'"),
-    ({"model": "lenet"}, "unknown model 'lenet'; did you mean 'lenet5'"),
-    ({"method": "twn", "options": {"treshold": 1}}, "did you mean 'threshold'"),
-    ({"optimizer": "adan"}, "unknown optimizer 'adan'; did you mean 'adam'"),
-    ({"schedule": "cos"}, "unknown schedule 'cos'; did you mean 'cosine'"),
-    ({"criterion": "mse"}, "unknown criterion 'mse'"),
-    ({"device": "gpu"}, "unknown device 'gpu'"),
-    ({"epochs": 0}, "epochs must be at least 1; got 0"),
-    ({"lr": -1.0}, "lr must be at least 0; got -1.0"),
-    ({"lr": math.inf}, "lr must be at least 0; got inf"),
-    ({"batch_size": 2000}, "128 training examples don't fill a batch of 2000"),
-    ({"tracker": "wandbb"}, "tracker 'wandbb' is not installed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "lug"}, "unknown method 'lug'"),
+        ({"model": "lenet"}, "unknown model 'lenet'; did you mean 'lenet5'"),
+        ({"method": "twn", "options": {"treshold": 1}}, "did you mean 'threshold'"),
+        ({"optimizer": "adan"}, "unknown optimizer 'adan'; did you mean 'adam'"),
+        ({"schedule": "cos"}, "unknown schedule 'cos'; did you mean 'cosine'"),
+        ({"criterion": "mse"}, "unknown criterion 'mse'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"epochs": 0}, "epochs must be at least 1; got 0"),
+        ({"lr": -1.0}, "lr must be at least 0; got -1.0"),
+        ({"lr": math.inf}, "lr must be at least 0; got inf"),
+        ({"batch_size": 2000}, "128 training examples don't fill a batch of 2000"),
+        ({"tracker": "wandbb"}, "tracker 'wandbb' is not installed"),
+    ],
+)
 def test_refusals(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(TINY, **change), tmp_path / "run", data=DIGITS)
@@ -115,8 +118,11 @@ def test_criteria_against_numpy():
     z, y = torch.randn(7, 4, generator=g, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0, 3])
     o, hot = z.numpy(), np.eye(4)[y.numpy()]
     p = np.exp(o) / np.exp(o).sum(1, keepdims=True)
-    want = {"cross_entropy": -np.log((p * hot).sum(1)).mean(), "sse": 0.5 * ((o - hot) ** 2).sum(),
-            "squared_hinge": (np.maximum(0, 1 - (2 * hot - 1) * o) ** 2).mean()}  # fmt: skip
+    want = {
+        "cross_entropy": -np.log((p * hot).sum(1)).mean(),
+        "sse": 0.5 * ((o - hot) ** 2).sum(),
+        "squared_hinge": (np.maximum(0, 1 - (2 * hot - 1) * o) ** 2).mean(),
+    }
     for name, value in want.items():
         assert float(CRITERIA[name](z, y)) == pytest.approx(value, rel=1e-12), name
     z.requires_grad_()
@@ -202,8 +208,14 @@ def test_methods_see_the_same_data_and_start(tmp_path, monkeypatch):
     monkeypatch.setattr(type(DIGITS), "batches", spy)
     start = {}
     real_apply = lowbit.apply
-    monkeypatch.setattr(lowbit, "apply", lambda model, recipe: (
-        start.__setitem__(method, [p.detach().clone() for p in model.parameters()]), real_apply(model, recipe))[1])
+    monkeypatch.setattr(
+        lowbit,
+        "apply",
+        lambda model, recipe: (
+            start.__setitem__(method, [p.detach().clone() for p in model.parameters()]),
+            real_apply(model, recipe),
+        )[1],
+    )
     for method in ("fp32", "twn"):
         train(dataclasses.replace(TINY, method=method, epochs=2), tmp_path / method, data=DIGITS)
     assert len(seen["fp32"]) == 8 and seen["fp32"] == seen["twn"]
@@ -276,8 +288,17 @@ def test_sse_is_shown_for_an_example(tmp_path):
 def test_perplexity_of_text(tmp_path):
     (tmp_path / "input.txt").write_text("abcdefgh" * 400)
     data = load(f"text:{tmp_path}", block=16)
-    config = Config(data=f"text:{tmp_path}", data_options={"block": 16}, model_options={"dim": 32, "depth": 1},
-                    epochs=12, method="twn", lr=0.01, warmup=0, device="cpu", threads=1)  # fmt: skip
+    config = Config(
+        data=f"text:{tmp_path}",
+        data_options={"block": 16},
+        model_options={"dim": 32, "depth": 1},
+        epochs=12,
+        method="twn",
+        lr=0.01,
+        warmup=0,
+        device="cpu",
+        threads=1,
+    )
     result = train(config, tmp_path / "run", data=data)
     assert result["metric_name"] == "perplexity" and result["metric"] < 2.0 < 8  # 8 letters; the next one is certain
     assert result["metric"] == pytest.approx(math.exp(result["loss"]), rel=1e-9)

@@ -191,15 +191,11 @@ def test_initial_weights():
     assert conv.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.02)
     gpt = build("gpt_tiny", (8,), 50, seed=0, dim=128, depth=2)
     assert gpt.blocks[0].feed_forward.up.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert gpt.blocks[0].feed_forward.down.weight.std().item() == pytest.approx(
-        0.01, rel=0.02
-    )  # / sqrt(2 * 2)
+    assert gpt.blocks[0].feed_forward.down.weight.std().item() == pytest.approx(0.01, rel=0.02)  # / sqrt(2 * 2)
     assert gpt.blocks[1].attention.out_proj.weight.std().item() == pytest.approx(0.01, rel=0.03)
     vit = build("vit_tiny", (3, 32, 32), 10, seed=0, dim=48, depth=1)
     assert vit.blocks[0].attention.in_proj_weight.abs().max().item() <= 0.04
-    assert build("mobilenetv2", (3, 32, 32), 10, seed=0).fc.weight.std().item() == pytest.approx(
-        0.01, rel=0.05
-    )
+    assert build("mobilenetv2", (3, 32, 32), 10, seed=0).fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -19,8 +19,23 @@ import pytest
 from lowbit.lab import picture, report_html
 
 NAMES = "fp32 int8 luq twn bwn xnor dorefa wage pact lsq inq fp8 s2fp8 mx4 qil".split()
-BITS = ((32, 32, 32), (8, 8, 8), (4, 4, 4), (2, 32, 32), (1, 32, 32), (1, 1, 32), (1, 2, 6), (2, 8, 8), (4, 4, 32),
-        (3, 3, 32), (5, 32, 32), (8, 8, 8), (8, 8, 8), (4.25, 4.25, 4.25), (2, 2, 32))  # fmt: skip
+BITS = (
+    (32, 32, 32),
+    (8, 8, 8),
+    (4, 4, 4),
+    (2, 32, 32),
+    (1, 32, 32),
+    (1, 1, 32),
+    (1, 2, 6),
+    (2, 8, 8),
+    (4, 4, 32),
+    (3, 3, 32),
+    (5, 32, 32),
+    (8, 8, 8),
+    (8, 8, 8),
+    (4.25, 4.25, 4.25),
+    (2, 2, 32),
+)
 LAYERS = ("stem.conv", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "head.fc")
 HOSTILE = "</script><script>alert(1)</script>\"'`<img src=x onerror=alert(2)>\u2028\u2029&lt;%{y}{{ 7*7 }}\x00"
 
@@ -34,11 +49,18 @@ def histogram(rng, layer, role, bits):
     step = np.quantile(np.abs(x), 0.995) / max(2 ** (bits - 1) - 1, 1)
     end = 2 ** (bits - 1)
     levels = step * np.unique(np.linspace(-end, end - 1, min(round(2 * end), 65)).round()) if bits < 32 else []
-    return {"layer": layer, "role": role, "format": f"Int({bits})" if bits < 32 else "float32", "count": 4000,
-            "edges": edges.tolist(), "counts": counts.tolist(), "levels": list(levels), "blocks": 1,
-            "clip": [-step * end, step * (end - 1)] if bits < 32 else None,
-            "magnitudes": {"edges": log_edges.tolist(), "counts": log_counts.tolist(), "zeros": int((x == 0).sum())},
-            }  # fmt: skip
+    return {
+        "layer": layer,
+        "role": role,
+        "format": f"Int({bits})" if bits < 32 else "float32",
+        "count": 4000,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "levels": list(levels),
+        "blocks": 1,
+        "clip": [-step * end, step * (end - 1)] if bits < 32 else None,
+        "magnitudes": {"edges": log_edges.tolist(), "counts": log_counts.tolist(), "zeros": int((x == 0).sum())},
+    }
 
 
 def results(methods=4, seeds=3, epochs=10, task="classification", layers=LAYERS):
@@ -54,56 +76,138 @@ def results(methods=4, seeds=3, epochs=10, task="classification", layers=LAYERS)
             t = np.arange(1, epochs + 1)
             metric = end - 40 * np.exp(-t / 1.7) if accuracy else end + 25 * np.exp(-t / 1.7)
             loss = 0.05 + 0.01 * i + 1.8 * np.exp(-t / 2.2) + rng.random(epochs) * 0.02
-            curve = [{"epoch": int(e), "step": int(e) * 12, "train_loss": float(a), "train_metric": float(b),
-                      "test_loss": float(a) * 1.2, "test_metric": float(b)}
-                     for e, a, b in zip(t, loss, metric, strict=True)]  # fmt: skip
-            steps = [{"step": s, "loss": 0.05 + 2.2 * math.exp(-s / 30) + rng.random() * 0.1, "lr": 0.1}
-                     for s in range(1, 12 * epochs, 3)]  # fmt: skip
-            runs.append({"seed": seed, "folder": f"{name}-{seed}", "status": "ok", "reason": "", "seconds": 3.2,
-                         "metric": float(metric[-1]), "loss": float(loss[-1]), "curve": curve,
-                         "steps": steps})  # fmt: skip
+            curve = [
+                {
+                    "epoch": int(e),
+                    "step": int(e) * 12,
+                    "train_loss": float(a),
+                    "train_metric": float(b),
+                    "test_loss": float(a) * 1.2,
+                    "test_metric": float(b),
+                }
+                for e, a, b in zip(t, loss, metric, strict=True)
+            ]
+            steps = [
+                {"step": s, "loss": 0.05 + 2.2 * math.exp(-s / 30) + rng.random() * 0.1, "lr": 0.1}
+                for s in range(1, 12 * epochs, 3)
+            ]
+            runs.append(
+                {
+                    "seed": seed,
+                    "folder": f"{name}-{seed}",
+                    "status": "ok",
+                    "reason": "",
+                    "seconds": 3.2,
+                    "metric": float(metric[-1]),
+                    "loss": float(loss[-1]),
+                    "curve": curve,
+                    "steps": steps,
+                }
+            )
         if i >= 2 and i == methods - 2 and seeds > 1:
-            runs[-1] |= {"status": "diverged", "reason": "loss is nan at step 40", "metric": None,
-                         "curve": runs[-1]["curve"][:3]}  # fmt: skip
+            runs[-1] |= {
+                "status": "diverged",
+                "reason": "loss is nan at step 40",
+                "metric": None,
+                "curve": runs[-1]["curve"][:3],
+            }
         failed = i >= 2 and i == methods - 1
         if failed:
-            runs = [r | {"status": "failed", "reason": "needs a convolution", "metric": None, "curve": [], "steps": []}
-                    for r in runs]  # fmt: skip
+            runs = [
+                r | {"status": "failed", "reason": "needs a convolution", "metric": None, "curve": [], "steps": []}
+                for r in runs
+            ]
         values = [r["metric"] for r in runs]
         done = [v for v in values if v is not None]
         worst = "failed" if failed else "diverged" if None in values else "ok"
-        rows = [{"layer": layer, "kind": "conv", "role": role, "format": f"Int(bits={bits[role]})", "bits": bits[role],
-                 "scale": 0.01, "sqnr": 6.02 * bits[role] - 3 + rng.normal(), "exact": False, "clipped": 0.004,
-                 "zero": 0.1, "note": ""} for layer in layers for role in "WAE" if bits[role] < 32]  # fmt: skip
+        rows = [
+            {
+                "layer": layer,
+                "kind": "conv",
+                "role": role,
+                "format": f"Int(bits={bits[role]})",
+                "bits": bits[role],
+                "scale": 0.01,
+                "sqnr": 6.02 * bits[role] - 3 + rng.normal(),
+                "exact": False,
+                "clipped": 0.004,
+                "zero": 0.1,
+                "note": "",
+            }
+            for layer in layers
+            for role in "WAE"
+            if bits[role] < 32
+        ]
         if name == "int8":
             rows[0] |= {"exact": True, "sqnr": None}
-        found.append({
-            "key": name, "name": name, "options": {"samples": 2} if name == "luq" else {}, "title": f"The {name} paper",
-            "year": 2020, "arxiv": "1605.04711" if name == "twn" else "CVPR 2019", "area": "training",
-            "summary": "One line.", "status": worst, "reason": next((r["reason"] for r in runs if r["reason"]), ""),
-            "metric": {"mean": float(np.mean(done)), "values": values,
-                       "spread": float(np.std(done, ddof=1)) if len(done) > 1 else None} if done else None,
-            "bits": None if failed else bits, "bytes": None if failed else int(61706 * bits["W"] / 8),
-            "step": None if failed else {"ms": 4.0 + i, "ratio": (4.0 + i) / 4, "rounds": 9},
-            "training": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}, "roles": {"W": "Int(bits=4)"}, "runs": runs,
-            "layers": [] if failed else rows,
-            "histograms": [] if failed else [histogram(rng, layer, r, bits[r]) for layer in layers[:3] for r in "WAE"],
-        })  # fmt: skip
+        found.append(
+            {
+                "key": name,
+                "name": name,
+                "options": {"samples": 2} if name == "luq" else {},
+                "title": f"The {name} paper",
+                "year": 2020,
+                "arxiv": "1605.04711" if name == "twn" else "CVPR 2019",
+                "area": "training",
+                "summary": "One line.",
+                "status": worst,
+                "reason": next((r["reason"] for r in runs if r["reason"]), ""),
+                "metric": {
+                    "mean": float(np.mean(done)),
+                    "values": values,
+                    "spread": float(np.std(done, ddof=1)) if len(done) > 1 else None,
+                }
+                if done
+                else None,
+                "bits": None if failed else bits,
+                "bytes": None if failed else int(61706 * bits["W"] / 8),
+                "step": None if failed else {"ms": 4.0 + i, "ratio": (4.0 + i) / 4, "rounds": 9},
+                "training": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+                "roles": {"W": "Int(bits=4)"},
+                "runs": runs,
+                "layers": [] if failed else rows,
+                "histograms": []
+                if failed
+                else [histogram(rng, layer, r, bits[r]) for layer in layers[:3] for r in "WAE"],
+            }
+        )
     sign = -1 if accuracy else 1
     order = sorted(found, key=lambda m: sign * m["metric"]["mean"] if m["metric"] else math.inf)
     return {
-        "schema": "lowbit-compare-1", "title": "lenet5 on digits", "created": "2025-11-21T10:30:00Z",
-        "command": "lowbit compare --methods fp32,int8,luq,twn --data digits", "task": task,
-        "metric": {"name": "accuracy", "unit": "%", "better": "higher"} if accuracy
+        "schema": "lowbit-compare-1",
+        "title": "lenet5 on digits",
+        "created": "2025-11-21T10:30:00Z",
+        "command": "lowbit compare --methods fp32,int8,luq,twn --data digits",
+        "task": task,
+        "metric": {"name": "accuracy", "unit": "%", "better": "higher"}
+        if accuracy
         else {"name": "perplexity", "unit": "", "better": "lower"},
-        "data": {"source": "digits", "fingerprint": "3f0c", "train": 1437, "test": 360, "input_shape": [1, 8, 8],
-                 "classes": 10, "limit": None},
+        "data": {
+            "source": "digits",
+            "fingerprint": "3f0c",
+            "train": 1437,
+            "test": 360,
+            "input_shape": [1, 8, 8],
+            "classes": 10,
+            "limit": None,
+        },
         "model": {"name": "lenet5", "options": {}, "parameters": 61706},
         "settings": {"epochs": epochs, "batch_size": 128, "steps_per_epoch": 12, "schedule": "cosine"},
-        "seeds": list(range(seeds)), "baseline": "fp32", "methods": found, "ranking": [m["key"] for m in order],
-        "environment": {"lowbit": "0.1.0", "torch": "2.13.0", "python": "3.11.2", "platform": "Linux", "cpu": "Xeon",
-                        "threads": 2, "device": "cpu", "revision": "825a88f"},
-    }  # fmt: skip
+        "seeds": list(range(seeds)),
+        "baseline": "fp32",
+        "methods": found,
+        "ranking": [m["key"] for m in order],
+        "environment": {
+            "lowbit": "0.1.0",
+            "torch": "2.13.0",
+            "python": "3.11.2",
+            "platform": "Linux",
+            "cpu": "Xeon",
+            "threads": 2,
+            "device": "cpu",
+            "revision": "825a88f",
+        },
+    }
 
 
 def hostile():
@@ -247,7 +351,9 @@ def test_odd_names(tmp_path, text):
     made = results(2, 1)
     made["methods"][1]["key"] = made["ranking"][made["ranking"].index("int8")] = text
     assert Page(report_html.write(made, tmp_path / "r.html").read_text(encoding="utf-8")).data["methods"][1]["key"] in (
-        text, "fp32")  # fmt: skip
+        text,
+        "fp32",
+    )
     assert ET.fromstring(report_html.plot(made, tmp_path / "r.svg").read_bytes()) is not None
 
 
@@ -260,8 +366,9 @@ def test_the_same_results_give_the_same_bytes_and_stay_as_they_are(page, tmp_pat
     assert made == before and [p.name for p in sorted(tmp_path.iterdir())] == ["a.svg", "again.html"]
 
 
-@pytest.mark.parametrize("bad", [{}, [], {"schema": "lowbit-compare-9", "methods": [{}]},
-                                 {"schema": picture.SCHEMA, "methods": []}])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad", [{}, [], {"schema": "lowbit-compare-9", "methods": [{}]}, {"schema": picture.SCHEMA, "methods": []}]
+)
 def test_other_things_are_refused_and_leave_the_old_page(tmp_path, bad):
     (tmp_path / "r.html").write_text("old")
     for call in report_html.write, report_html.plot:
@@ -309,8 +416,10 @@ def test_picture_shows_every_method_where_its_figures_are(tmp_path, methods):
     left, right = at[: len(done)], at[len(done) :]
     assert abs(np.corrcoef(means, [p[0] for p in left])[0, 1]) > 0.9999  # a linear axis, to the right
     assert np.corrcoef(means, [p[1] for p in right])[0, 1] < -0.9999  # and upwards
-    bits = [np.log2(np.mean(m["bits"]["W"] + m["bits"]["A"] + m["bits"]["E"]) / 3)
-            for m in sorted(done, key=lambda m: rank[m["key"]])]  # fmt: skip
+    bits = [
+        np.log2(np.mean(m["bits"]["W"] + m["bits"]["A"] + m["bits"]["E"]) / 3)
+        for m in sorted(done, key=lambda m: rank[m["key"]])
+    ]
     assert np.corrcoef(bits, [p[0] for p in right])[0, 1] > 0.9999
     assert len({(p.get("fill"), p.get("d")) for p in root.iter(name + "path")}) == len(done)
 
@@ -332,9 +441,14 @@ def test_pictures_are_svg(tmp_path):
         report_html.plot(results(2), tmp_path / "p.png")
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-                                                 (92.1, 98.4, [93, 94, 95, 96, 97, 98]),
-                                                 (-3, 250, [0, 50, 100, 150, 200, 250])])  # fmt: skip
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (92.1, 98.4, [93, 94, 95, 96, 97, 98]),
+        (-3, 250, [0, 50, 100, 150, 200, 250]),
+    ],
+)
 def test_ticks(low, high, expected):
     assert picture._ticks(low, high) == expected
 
@@ -350,10 +464,21 @@ def test_the_template_and_the_script_are_installed():
 @pytest.mark.parametrize("made", [results(15), results(2, 1, task="lm"), hostile()], ids=["many", "few", "hostile"])
 def test_a_browser_draws_every_plot(tmp_path, made):
     path = report_html.write(made, tmp_path / "r.html")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--window-size=1000,2000",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]  # fmt: skip
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1000,2000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+    ]
     dom = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
     assert 'data-drawn="true"' in dom and ">This plot could not be drawn" not in dom
     parts = re.findall(r'<div class="([^"]*)" id="p-(\w+)"', dom)

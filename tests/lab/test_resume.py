@@ -25,9 +25,19 @@ WANTED = ("fp32", "twn", "luq", "wage", "fp8", "lsq", "psq", "gupta")
 THERE = [name for name in WANTED if name in METHODS]
 
 # 6 batches an epoch, 18 steps; a checkpoint every 4 steps and at the end of each epoch, a line of metrics at each step
-SETTINGS = {"data": "digits", "model": "mlp", "model_options": {"hidden": [16, 16], "batch_norm": True}, "epochs": 3,
-            "batch_size": 32, "limit": 200, "checkpoint_every": 4, "log_every": 1, "threads": 1, "seed": 3,
-            "device": "cpu"}  # fmt: skip
+SETTINGS = {
+    "data": "digits",
+    "model": "mlp",
+    "model_options": {"hidden": [16, 16], "batch_norm": True},
+    "epochs": 3,
+    "batch_size": 32,
+    "limit": 200,
+    "checkpoint_every": 4,
+    "log_every": 1,
+    "threads": 1,
+    "seed": 3,
+    "device": "cpu",
+}
 # Runs one training with jobs from standard input, each in a forked child: importing torch once is most of the time.
 SERVER = """
 import json, os, sys
@@ -165,10 +175,37 @@ def test_killed_again_and_again(tmp_path):
 
 def test_killed_from_outside(tmp_path):
     """The command line itself, killed by another process as soon as its metrics reach a step."""
-    words = ["train", "--method", "twn", "--data", "digits", "--model", "mlp", "--model-option", "hidden=[16,16]",
-             "--model-option", "batch_norm=true", "--epochs", "3", "--batch-size", "32", "--limit", "200",
-             "--seed", "3", "--checkpoint-every", "4", "--log-every", "1", "--threads", "1", "--device", "cpu",
-             "--out", str(tmp_path / "run")]  # fmt: skip
+    words = [
+        "train",
+        "--method",
+        "twn",
+        "--data",
+        "digits",
+        "--model",
+        "mlp",
+        "--model-option",
+        "hidden=[16,16]",
+        "--model-option",
+        "batch_norm=true",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "32",
+        "--limit",
+        "200",
+        "--seed",
+        "3",
+        "--checkpoint-every",
+        "4",
+        "--log-every",
+        "1",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command = [sys.executable, "-c", "from lowbit.cli import main; main()"]
     process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -60,8 +60,12 @@ def test_state_round_trip(tmp_path):
     assert back["plain"] == STATE["plain"] and type(back["plain"]["pair"]) is tuple
     assert back["special"] == STATE["special"]
     assert list(back["tensors"]) == [0, 1]  # keys stay numbers
-    for a, b in [(back["tensors"][0], STATE["tensors"][0]), (back["tensors"][1], STATE["tensors"][1]),
-                 (back["half"], STATE["half"]), *zip(back["kinds"], STATE["kinds"], strict=True)]:  # fmt: skip
+    for a, b in [
+        (back["tensors"][0], STATE["tensors"][0]),
+        (back["tensors"][1], STATE["tensors"][1]),
+        (back["half"], STATE["half"]),
+        *zip(back["kinds"], STATE["kinds"], strict=True),
+    ]:
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 

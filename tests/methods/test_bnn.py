@@ -15,8 +15,16 @@ from lowbit.swaps import ShiftBatchNorm
 
 
 def network(hidden: int = 64) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-                         nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 10), nn.BatchNorm1d(10))  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(64, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 10),
+        nn.BatchNorm1d(10),
+    )
 
 
 # ---- quantizers -----------------------------------------------------------------------------------------------------
@@ -251,8 +259,10 @@ def test_shift_norm_takes_over_a_checkpoint_and_refuses_one_value() -> None:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, least", [({}, 0.9), ({"stochastic": True}, 0.85), ({"activation_bits": 2}, 0.9),
-                                            ({"shift_norm": True}, 0.85)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, least",
+    [({}, 0.9), ({"stochastic": True}, 0.85), ({"activation_bits": 2}, 0.9), ({"shift_norm": True}, 0.85)],
+)
 def test_learns_digits(options: dict, least: float) -> None:
     data = load_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)

@@ -62,9 +62,8 @@ def test_binary_weights() -> None:
 def test_weight_ties_go_to_the_even_code() -> None:
     # 2 bits: r = t / 2M + 1/2 = 5/6 lies between codes 2 and 3 of 3; r = 1/6 between 0 and 1
     q = make("W", 2)
-    fmt, scale = q.spec.format, q.spec.scale.scale
-    grid = fmt.snap(torch.tensor([2.0, -2.0, 0.0], dtype=torch.float64), q.spec.rounding)
-    assert (grid * scale).tolist() == pytest.approx([1 / 3, -1, 1 / 3])
+    grid = q.spec.format.snap(torch.tensor([2.0, -2.0, 0.0], dtype=torch.float64), q.spec.rounding)
+    assert (grid / 3).tolist() == pytest.approx([1 / 3, -1, 1 / 3])
     assert (2 * quantize_k(np.array([5 / 6, 1 / 6, 0.5]), 2) - 1).tolist() == pytest.approx([1 / 3, -1, 1 / 3])
 
 
@@ -270,8 +269,9 @@ def digits() -> tuple[Tensor, Tensor]:
 def trained(digits: tuple[Tensor, Tensor], **options: int) -> float:
     x, y = digits
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.BatchNorm1d(64),
-                          nn.Linear(64, 10))  # fmt: skip
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 10)
+    )
     lowbit.apply(model, lowbit.create("dorefa", **options))
     optimizer = lowbit.attach(model, torch.optim.Adam(model.parameters(), 3e-3))
     g = torch.Generator().manual_seed(0)
@@ -293,9 +293,14 @@ def test_trains(digits: tuple[Tensor, Tensor], bits: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"w_bits": 0}, "w_bits is 1 to 8"), ({"a_bits": 16}, "a_bits"), ({"e_bits": 9}, "e_bits"),
-     ({"w_bits": 2.0}, "w_bits"), ({"g_bits": 4}, "e_bits")],
-)  # fmt: skip
+    [
+        ({"w_bits": 0}, "w_bits is 1 to 8"),
+        ({"a_bits": 16}, "a_bits"),
+        ({"e_bits": 9}, "e_bits"),
+        ({"w_bits": 2.0}, "w_bits"),
+        ({"g_bits": 4}, "e_bits"),
+    ],
+)
 def test_bad_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("dorefa", **options)

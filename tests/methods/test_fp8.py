@@ -52,15 +52,33 @@ def numbers(x: Tensor) -> np.ndarray:
 # ---- operands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("x", "q"), [(1.125, 1.0), (1.375, 1.5), (1e-5, 2.0**-16), (61439.0, 57344.0),
-                                      (1e9, 57344.0), (-1e9, -57344.0), (2.0**-18, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "q"),
+    [
+        (1.125, 1.0),
+        (1.375, 1.5),
+        (1e-5, 2.0**-16),
+        (61439.0, 57344.0),
+        (1e9, 57344.0),
+        (-1e9, -57344.0),
+        (2.0**-18, 0.0),
+    ],
+)
 @pytest.mark.parametrize("role", ["W", "A", "E"])
 def test_eight_bits_by_hand(role: str, x: float, q: float) -> None:
     assert lowbit.quantizer("fp8", role)(torch.tensor([x])).item() == q
 
 
-@pytest.mark.parametrize(("x", "q"), [(1 + 2.0**-10, 1.0), (1 + 3 * 2.0**-10, 1.00390625), (0.1, 0.0999755859375),
-                                      (2049.0, 2048.0), (1e30, 4290772992.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "q"),
+    [
+        (1 + 2.0**-10, 1.0),
+        (1 + 3 * 2.0**-10, 1.00390625),
+        (0.1, 0.0999755859375),
+        (2049.0, 2048.0),
+        (1e30, 4290772992.0),
+    ],
+)
 def test_sixteen_bits_by_hand(x: float, q: float) -> None:
     assert lowbit.quantizer("fp8", "U").eval()(torch.tensor([x])).item() == q
     assert q16(np.array(x)) == q
@@ -104,8 +122,9 @@ def test_roles_of_first_inner_and_last_layer() -> None:
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk", "total"), [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048),
-                                              (4096, 1024)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chunk", "total"), [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048), (4096, 1024)]
+)
 def test_adding_one_4096_times(chunk: int, total: int) -> None:
     layer = nn.Linear(4096, 1, bias=False)
     nn.init.ones_(layer.weight)
@@ -160,8 +179,10 @@ def test_weights_start_and_stay_on_the_grid() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
     lowbit.apply(model, lowbit.create("fp8", accumulate=False))
-    for make in (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
-                 lambda p: torch.optim.Adam(p, lr=0.01)):  # fmt: skip
+    for make in (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+        lambda p: torch.optim.Adam(p, lr=0.01),
+    ):
         twin = copy.deepcopy(model)
         optimizer = lowbit.attach(twin, make(twin.parameters()))
         for _ in range(3):
@@ -244,9 +265,14 @@ def test_trains_with_the_accumulator() -> None:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "message"), [({"chunk": 0}, "at least 1; got 0"),
-                                                  ({"loss_scale": 0.0}, "positive; got 0.0"),
-                                                  ({"chunks": 64}, "did you mean 'chunk'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "at least 1; got 0"),
+        ({"loss_scale": 0.0}, "positive; got 0.0"),
+        ({"chunks": 64}, "did you mean 'chunk'"),
+    ],
+)
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("fp8", **options)

@@ -26,7 +26,7 @@ def quantizer(il: int, fl: int, rounding: str = "stochastic", role: str = "W") -
 
 def convert(x: float, il: int, fl: int, u: float | None = None) -> float:
     """The paper's Convert in exact arithmetic; without u, nearest with ties down."""
-    eps, low = Fraction(1, 2**fl), -Fraction(2) ** (il - 1)
+    eps, low = Fraction(1, 2**fl), -(Fraction(2) ** (il - 1))
     high, value = -low - eps, Fraction(x)
     if value <= low:
         return float(low)
@@ -41,8 +41,20 @@ def convert(x: float, il: int, fl: int, u: float | None = None) -> float:
 # ---- the grid --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("x", "q"), [(0.375, 0.25), (-0.375, -0.5), (0.376, 0.5), (9.0, 7.75), (-9.0, -8.0),
-                                      (7.75, 7.75), (-8.0, -8.0), (7.8, 7.75), (0.0, 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "q"),
+    [
+        (0.375, 0.25),
+        (-0.375, -0.5),
+        (0.376, 0.5),
+        (9.0, 7.75),
+        (-9.0, -8.0),
+        (7.75, 7.75),
+        (-8.0, -8.0),
+        (7.8, 7.75),
+        (0.0, 0.0),
+    ],
+)
 def test_nearest_by_hand(x: float, q: float) -> None:
     assert quantizer(4, 2, "nearest")(torch.tensor([x])).item() == q
 
@@ -253,14 +265,17 @@ def test_formats() -> None:
     assert g(torch.tensor([2.0**-18])).tolist() == [2.0**-18] and g(torch.tensor([1.0])).tolist() == [(8 - 2**-12) / 64]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"il": 4, "fl": 12, "wl": 20}, "is not wl=20"),
-    ({"rounding": "stochastc"}, "did you mean 'stochastic'"),
-    ({"wl": 40, "fl": 10}, "1 to 32 bits"),
-    ({"activations": (4,)}, "pair"),
-    ({"raise_at": 10, "raise_to": 16}, "exceed the word length 16"),
-    ({"raise_at": -1}, ">= 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"il": 4, "fl": 12, "wl": 20}, "is not wl=20"),
+        ({"rounding": "stochastc"}, "did you mean 'stochastic'"),
+        ({"wl": 40, "fl": 10}, "1 to 32 bits"),
+        ({"activations": (4,)}, "pair"),
+        ({"raise_at": 10, "raise_to": 16}, "exceed the word length 16"),
+        ({"raise_at": -1}, ">= 0"),
+    ],
+)
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("gupta", **options)

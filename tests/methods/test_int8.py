@@ -62,7 +62,7 @@ CONVS = {
     "depthwise": (nn.Conv2d(6, 6, 3, groups=6, bias=False), 6, False),
     "transposed": (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1, bias=False), 1, True),
     "transposed, grouped": (nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2, bias=False), 2, True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(CONVS))
@@ -168,10 +168,14 @@ def test_auto_takes_integers_for_linear_layers_only_and_ends_can_stay_float() ->
     assert all(q.products.grad_w.accumulator == lowbit.Int32() for q in both.values())
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"products": ("grad_b",)}, "grad_b.*did you mean 'grad_"), ({"products": ()}, "at least one of out"),
-    ({"accumulate": "int16"}, "int16.*did you mean 'int32'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"products": ("grad_b",)}, "grad_b.*did you mean 'grad_"),
+        ({"products": ()}, "at least one of out"),
+        ({"accumulate": "int16"}, "int16.*did you mean 'int32'"),
+    ],
+)
 def test_refusals(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("int8", **options)
@@ -224,8 +228,17 @@ def test_zero_rows_and_tokens_of_very_different_size() -> None:
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))  # fmt: skip
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
 
 
 def train(model: nn.Module, forward: object, steps: int) -> list[float]:

@@ -122,8 +122,10 @@ def test_where_the_step_starts_and_where_its_gradient_vanishes(
 
 
 def test_first_batch_decides_the_grid_of_an_activation_for_good() -> None:
-    for first, later, formats in ((torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 2.0]), True),
-                                  (torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 2.0]), False)):  # fmt: skip
+    for first, later, formats in (
+        (torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 2.0]), True),
+        (torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 2.0]), False),
+    ):
         q = lowbit.quantizer("lsq", "A", bits=3)
         _, coded = q.coded(first)
         step = 2 * first.abs().mean().item() / math.sqrt(3 if formats else 7)
@@ -153,8 +155,9 @@ def test_ends_have_eight_bits_and_steps_do_not_decay() -> None:
     model(torch.randn(16, 6)).sum().mul(0).backward()
     before = [q.learned.clone() for q in quantizers_of(model)]
     optimizer.step()
-    assert len(before) == 6 and all(torch.equal(b, q.learned)
-                                    for b, q in zip(before, quantizers_of(model), strict=True))  # fmt: skip
+    assert len(before) == 6 and all(
+        torch.equal(b, q.learned) for b, q in zip(before, quantizers_of(model), strict=True)
+    )
 
 
 @pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"ends": 1}])

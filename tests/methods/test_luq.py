@@ -176,7 +176,8 @@ def sawb(x: np.ndarray, c1: float, c2: float) -> float:
 def test_forward_grid(role: str, reference: bool) -> None:
     x = np.random.default_rng(2).standard_normal(3000)
     low, high = {(False, "W"): (-7, 7), (False, "A"): (-7, 7), (True, "W"): (-8, 8), (True, "A"): (-8, 15)}[
-        reference, role]  # fmt: skip
+        reference, role
+    ]
     clip = sawb(x, 12.1, 12.2) if reference else sawb(x, 12.035, 12.03)
     step = 2 * clip / (high - low)
     expected = step * np.clip(np.rint(x / step), low, high)
@@ -408,12 +409,21 @@ def test_first_and_last_layer_are_float() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"levels": 0}, "levels is K"), ({"levels": "loose"}, "'strict'"), ({"levels": 2.5}, "levels is K"),
-     ({"rounding": "nearst"}, "did you mean 'nearest'"), ({"samples": 0}, "at least 1"), ({"samples": 1.5}, "integer"),
-     ({"samples": 2, "rounding": "nearest"}, "random"), ({"eta": 1.0}, "eta"), ({"fnt_steps": 3}, "fnt_start"),
-     ({"fnt_start": 3}, "fnt_steps"), ({"fnt_steps": -1}, "fnt_steps"),
-     ({"fnt_start": 0, "fnt_steps": 3, "lr_final": 0.1, "lr_base": 0.0}, "lr_base")],
-)  # fmt: skip
+    [
+        ({"levels": 0}, "levels is K"),
+        ({"levels": "loose"}, "'strict'"),
+        ({"levels": 2.5}, "levels is K"),
+        ({"rounding": "nearst"}, "did you mean 'nearest'"),
+        ({"samples": 0}, "at least 1"),
+        ({"samples": 1.5}, "integer"),
+        ({"samples": 2, "rounding": "nearest"}, "random"),
+        ({"eta": 1.0}, "eta"),
+        ({"fnt_steps": 3}, "fnt_start"),
+        ({"fnt_start": 3}, "fnt_steps"),
+        ({"fnt_steps": -1}, "fnt_steps"),
+        ({"fnt_start": 0, "fnt_steps": 3, "lr_final": 0.1, "lr_base": 0.0}, "lr_base"),
+    ],
+)
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("luq", **options)

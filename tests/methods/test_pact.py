@@ -124,13 +124,16 @@ def test_ends() -> None:
     rows = {(r.layer, r.role): r for r in lowbit.report(model, torch.randn(16, 4)).rows}
     assert [rows[name, "W"].bits for name in "024"] == [8, 2, 8]
     assert [rows[name, "A"].format for name in "024"] == [
-        "Int(bits=8, signed=True, narrow=True)", "Int(bits=2, signed=False, narrow=False)",
-        "Int(bits=8, signed=False, narrow=False)"]  # fmt: skip
+        "Int(bits=8, signed=True, narrow=True)",
+        "Int(bits=2, signed=False, narrow=False)",
+        "Int(bits=8, signed=False, narrow=False)",
+    ]
     assert rows["0", "A"].sqnr > 30, "a negative input of the network is not cut off"
 
 
-@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 9}, {"ends": 1}, {"clip": 0.0}, {"clip": float("nan")},
-                                     {"decay": -1e-4}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"bits": 1}, {"bits": 9}, {"ends": 1}, {"clip": 0.0}, {"clip": float("nan")}, {"decay": -1e-4}]
+)
 def test_refusals_name_the_value(options: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         lowbit.create("pact", **options)

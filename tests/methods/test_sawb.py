@@ -27,10 +27,13 @@ def reference(w: np.ndarray, alpha: float, bits: int, levels: str) -> np.ndarray
     return alpha * (2 * np.round(n * (np.clip(w / alpha, -1, 1) / 2 + 0.5)) / n - 1)
 
 
-@pytest.mark.parametrize("levels, alpha, expected", [
-    ("even", 0.4194, [0.4194, -0.1398, 0.1398, -0.1398]),
-    ("zero", 0.351625, [0.351625, -0.351625, 0, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "levels, alpha, expected",
+    [
+        ("even", 0.4194, [0.4194, -0.1398, 0.1398, -0.1398]),
+        ("zero", 0.351625, [0.351625, -0.351625, 0, 0]),
+    ],
+)
 def test_worked_example(levels: str, alpha: float, expected: list[float]) -> None:
     w = torch.tensor([0.5, -0.2, 0.1, -0.05], dtype=torch.float64)
     assert abs(clip(w, 2, levels) - alpha) < 1e-9
@@ -94,10 +97,12 @@ def quantiles(density: str, n: int = 40_000) -> np.ndarray:
 
 
 OPTIMAL = {  # m2 / m1, then the MSE-optimal clip / m1 for 3, 4, 8, 16 levels
-    "gaussian": (1.2533, 1.5341, 1.8719, 2.5706, 3.1508), "uniform": (1.1547, 1.3333, 1.5000, 1.7500, 1.8750),
-    "laplace": (1.4142, 2.0000, 2.3067, 3.6179, 4.8895), "logistic": (1.3084, 1.6512, 2.0638, 3.0356, 3.9594),
+    "gaussian": (1.2533, 1.5341, 1.8719, 2.5706, 3.1508),
+    "uniform": (1.1547, 1.3333, 1.5000, 1.7500, 1.8750),
+    "laplace": (1.4142, 2.0000, 2.3067, 3.6179, 4.8895),
+    "logistic": (1.3084, 1.6512, 2.0638, 3.0356, 3.9594),
     "triangle": (1.2247, 1.5000, 1.7525, 2.2256, 2.5179),
-}  # fmt: skip
+}
 WORST = {("even", 2): 1.006, ("even", 3): 1.012, ("even", 4): 1.016, ("zero", 2): 1.006, ("zero", 4): 1.009}
 TRIANGLE = {("even", 4): 1.089, ("zero", 4): 1.088}
 

@@ -219,9 +219,14 @@ def test_worked_group_of_four() -> None:
 
 @pytest.mark.parametrize(
     ("ranges", "groups"),
-    [([4, 4, 1, 1, 1, 1, 1, 1], [[0, 2, 3, 4], [1, 5, 6, 7]]), ([1, 1, 1, 1], [[0, 1, 2, 3]]),
-     ([1, 10, 1, 1], [[0, 1, 2, 3]]), ([3, 2], [[0, 1]]), ([5], [[0]])],
-)  # fmt: skip
+    [
+        ([4, 4, 1, 1, 1, 1, 1, 1], [[0, 2, 3, 4], [1, 5, 6, 7]]),
+        ([1, 1, 1, 1], [[0, 1, 2, 3]]),
+        ([1, 10, 1, 1], [[0, 1, 2, 3]]),
+        ([3, 2], [[0, 1]]),
+        ([5], [[0]]),
+    ],
+)
 def test_worked_groups(ranges: list[float], groups: list[list[int]]) -> None:
     group = bhq_groups(torch.tensor(ranges, dtype=torch.float64))[0].tolist()
     assert [[i for i, g in enumerate(group) if g == k] for k in range(max(group) + 1)] == groups
@@ -412,9 +417,16 @@ def test_trains_with_four_bit_gradients(name: str, digits: tuple[Tensor, Tensor]
     assert accuracy > 0.84
 
 
-@pytest.mark.parametrize(("options", "message"), [({"bits": 9}, "2 to 8"), ({"bits": 1}, "2 to 8"),
-                                                  ({"bits": 4.5}, "2 to 8"), ({"epsilon": 0.0}, "epsilon"),
-                                                  ({"bit": 4}, "did you mean 'bits'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 9}, "2 to 8"),
+        ({"bits": 1}, "2 to 8"),
+        ({"bits": 4.5}, "2 to 8"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"bit": 4}, "did you mean 'bits'"),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_options(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

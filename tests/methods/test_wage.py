@@ -38,8 +38,9 @@ def numbers(x: Tensor | None) -> np.ndarray:
 # ---- W ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("w", "code"), [(0.25, 0.0), (0.26, 0.5), (0.75, 0.5), (-0.25, 0.0), (-0.251, -0.5),
-                                         (-2.0, -0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("w", "code"), [(0.25, 0.0), (0.26, 0.5), (0.75, 0.5), (-0.25, 0.0), (-0.251, -0.5), (-2.0, -0.5)]
+)
 def test_weights_by_hand(w: float, code: float) -> None:
     x = torch.full((4, 1152), w)
     assert lowbit.quantizer("wage", "W")(x).unique().tolist() == [code / 8], "fan-in 1152: alpha is 8"
@@ -56,8 +57,12 @@ def test_alpha_of_the_paper_and_of_the_release() -> None:
 
 
 def test_fan_in_of_every_kind_of_layer() -> None:
-    layers = [(nn.Linear(1152, 4), 1152), (nn.Conv2d(128, 4, 3), 1152), (nn.Conv2d(256, 4, 3, groups=2), 1152),
-              (nn.Conv1d(384, 2, 3), 1152)]  # fmt: skip
+    layers = [
+        (nn.Linear(1152, 4), 1152),
+        (nn.Conv2d(128, 4, 3), 1152),
+        (nn.Conv2d(256, 4, 3, groups=2), 1152),
+        (nn.Conv1d(384, 2, 3), 1152),
+    ]
     for layer, fan_in in layers:
         lowbit.apply(layer, lowbit.create("wage"))
         assert float(layer.quant.role("W")(layer.weight.detach()).abs().max()) == 0.5 / alpha(fan_in, 2, 6.0), layer
@@ -93,8 +98,9 @@ def test_errors_by_hand() -> None:
     assert e(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("peak", "power"), [(0.7, 0.5), (0.7072, 1.0), (1.4, 1.0), (1.415, 2.0), (2.9, 4.0),
-                                               (3e-4, 2.0**-12)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("peak", "power"), [(0.7, 0.5), (0.7072, 1.0), (1.4, 1.0), (1.415, 2.0), (2.9, 4.0), (3e-4, 2.0**-12)]
+)
 def test_shift_is_nearest_in_the_exponent(peak: float, power: float) -> None:
     small = peak * 0.25
     assert lowbit.quantizer("wage", "E")(torch.tensor([peak, small]))[1].item() == q(np.array(small / power), 8)
@@ -215,8 +221,9 @@ def test_backward_pass_in_float64() -> None:
 
 def test_convolution_with_pooling_sees_only_integers() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(8, 4, 3),
-                          nn.Flatten())  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()
+    )
     lowbit.apply(model, lowbit.create("wage"))
     seen: list[Tensor] = []
     model[3].register_full_backward_hook(lambda m, given, got: seen.append(got[0]))
@@ -309,21 +316,30 @@ def test_small_rates_move_weights_in_the_mean() -> None:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"w_bits": 1}, "w_bits is 2 to 16; got 1"),
-    ({"e_bits": 17}, "e_bits is 2 to 16; got 17"),
-    ({"w_bits": 8, "g_bits": 4}, "at least w_bits"),
-    ({"init": "relase"}, "did you mean 'release'"),
-    ({"clip": "none"}, "allowed: paper, release"),
-    ({"norm": "drop"}, "allowed: keep, remove"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"w_bits": 1}, "w_bits is 2 to 16; got 1"),
+        ({"e_bits": 17}, "e_bits is 2 to 16; got 17"),
+        ({"w_bits": 8, "g_bits": 4}, "at least w_bits"),
+        ({"init": "relase"}, "did you mean 'release'"),
+        ({"clip": "none"}, "allowed: paper, release"),
+        ({"norm": "drop"}, "allowed: keep, remove"),
+    ],
+)
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.create("wage", **options)
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p), lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
-                                  lambda p: torch.optim.SGD(p, lr=1.0, weight_decay=1e-4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p),
+        lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=1.0, weight_decay=1e-4),
+    ],
+)
 def test_another_optimizer_is_refused(make) -> None:
     model = lowbit.apply(nn.Linear(4, 4), lowbit.create("wage"))
     with pytest.raises(ValueError, match="torch.optim.SGD|no momentum|no weight_decay"):

@@ -32,9 +32,7 @@ FORMATS = [
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(
-        x.contiguous().view(torch.int32), y.contiguous().view(torch.int32)
-    )
+    return x.shape == y.shape and torch.equal(x.contiguous().view(torch.int32), y.contiguous().view(torch.int32))
 
 
 def exact_round(x: float, exponent: int, mantissa: int, bias: int) -> float:
@@ -102,9 +100,7 @@ def test_definition_equals_the_formula(fmt: tuple[int, int, int], chunk: int) ->
     assert same_bits(DEFINITION(a, b, chunk, *fmt), torch.tensor(sequential(a, b, chunk, fmt)))
 
 
-@pytest.mark.parametrize(
-    "chunk, total", [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048), (4096, 1024)]
-)
+@pytest.mark.parametrize("chunk, total", [(1, 1024), (8, 4096), (64, 4096), (512, 4096), (2048, 2048), (4096, 1024)])
 def test_paper_adding_one_4096_times(chunk: int, total: float) -> None:
     ones = torch.ones(1, 4096)
     for multiply in (chunked_mm, DEFINITION):
@@ -254,9 +250,7 @@ def test_compile() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(
-    "key", [(0, 0, 0), (2**63 - 1, 5, 7), (-1, -1, -1), (123456789012345, 2**33 + 1, 2**32 + 9)]
-)
+@pytest.mark.parametrize("key", [(0, 0, 0), (2**63 - 1, 5, 7), (-1, -1, -1), (123456789012345, 2**33 + 1, 2**32 + 9)])
 def test_uniform_kernels_equal_the_definition(isa: str, key: tuple[int, int, int]) -> None:
     words = torch.tensor(key)
     for shape in [(), (0,), (1,), (7,), (31,), (32,), (1000, 3), (100003,)]:

@@ -61,5 +61,6 @@ def test_refuses_what_it_cannot_do_exactly():
 def test_operator_is_well_declared():
     a, b = torch.randint(-128, 128, (4, 8), dtype=torch.int8), torch.randint(-128, 128, (8, 3), dtype=torch.int8)
     for split in (SAFE, 5):
-        torch.library.opcheck(torch.ops.lowbit.int8_mm.default, (a, b, split),
-                              test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.lowbit.int8_mm.default, (a, b, split), test_utils=("test_schema", "test_faketensor")
+        )

@@ -113,9 +113,7 @@ def read_text(path: Path, limit: int = 1 << 30) -> str:
     try:
         return read_file(path, limit).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{path}: byte {e.start} is not UTF-8; convert the file, e.g. with iconv -t utf-8"
-        ) from e
+        raise ValueError(f"{path}: byte {e.start} is not UTF-8; convert the file, e.g. with iconv -t utf-8") from e
 
 
 def read_lines(path: Path) -> list[str]:
@@ -174,9 +172,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         body = read_up_to(stream, count + 1)  # one more: shows trailing data, makes gzip check its checksum
     if len(body) != count:
         found = "more" if len(body) > count else f"only {len(body):,}"
-        raise ValueError(
-            f"{path}: the header promises {count:,} bytes and there are {found}; download it again"
-        )
+        raise ValueError(f"{path}: the header promises {count:,} bytes and there are {found}; download it again")
     return np.frombuffer(body, np.uint8).reshape(sizes)
 
 
@@ -267,9 +263,7 @@ def zip_members(path: Path) -> Iterator[Member]:
                 name = clean_name(path, member.filename)
                 kind = stat.S_IFMT(member.external_attr >> 16)
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise ValueError(
-                        f"{path}: member {name!r} is a link or a device; pack the files themselves"
-                    )
+                    raise ValueError(f"{path}: member {name!r} is a link or a device; pack the files themselves")
                 if member.flag_bits & 1:
                     raise ValueError(f"{path}: member {name!r} is encrypted; unpack it and give the folder")
                 check_size(path, name, member.file_size)
@@ -322,9 +316,7 @@ def find_archive(path: Path) -> Path:
     if not archives:
         raise FileNotFoundError(f"{path}: neither class folders nor an archive ({', '.join(ARCHIVES)}) in it")
     if len(archives) > 1:
-        raise ValueError(
-            f"{path}: {len(archives)} archives ({', '.join(a.name for a in archives)}); name one of them"
-        )
+        raise ValueError(f"{path}: {len(archives)} archives ({', '.join(a.name for a in archives)}); name one of them")
     return archives[0]
 
 
@@ -345,9 +337,7 @@ def read_members(path: Path) -> tuple[dict[str, bytes], set[str]]:
     for count, (name, size, content) in enumerate(members):
         total += size
         if count >= MAX_MEMBERS or total > MAX_TOTAL:
-            raise ValueError(
-                f"{path}: more than {MAX_MEMBERS:,} members or {MAX_TOTAL:,} bytes; use a part of them"
-            )
+            raise ValueError(f"{path}: more than {MAX_MEMBERS:,} members or {MAX_TOTAL:,} bytes; use a part of them")
         if name.endswith("/") and name != "/" and not ignored(name):
             folders.add(name[:-1])
         if content is None:

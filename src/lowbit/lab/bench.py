@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +43,14 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int = 15, budget: float
                 torch.cuda.synchronize()
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
-    return {name: {"ms": 1000 * statistics.median(own), "rounds": len(own),
-                   "ratio": statistics.median(a / b for a, b in zip(own, times[first], strict=True))}
-            for name, own in times.items()}  # fmt: skip
+    return {
+        name: {
+            "ms": 1000 * statistics.median(own),
+            "rounds": len(own),
+            "ratio": statistics.median(a / b for a, b in zip(own, times[first], strict=True)),
+        }
+        for name, own in times.items()
+    }
 
 
 def random_images(batch: int, shape: tuple[int, int, int] = (3, 32, 32)) -> Data:
@@ -52,12 +58,27 @@ def random_images(batch: int, shape: tuple[int, int, int] = (3, 32, 32)) -> Data
     g = torch.Generator().manual_seed(0)
     x = torch.randint(256, (4 * batch, *shape), generator=g, dtype=torch.uint8)
     y = torch.randint(10, (4 * batch,), generator=g)
-    return Data("classification", (x, y), (x, y), shape, 10, tuple("0123456789"), "random images", "0" * 64,
-                (127.5,) * shape[0], (73.9,) * shape[0])  # fmt: skip
+    return Data(
+        "classification",
+        (x, y),
+        (x, y),
+        shape,
+        10,
+        tuple("0123456789"),
+        "random images",
+        "0" * 64,
+        (127.5,) * shape[0],
+        (73.9,) * shape[0],
+    )
 
 
-def bench(model: str = "lenet5", methods: tuple[str, ...] = ("int8", "luq"), batch: int = 32, rounds: int = 15,
-          progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+def bench(
+    model: str = "lenet5",
+    methods: tuple[str, ...] = ("int8", "luq"),
+    batch: int = 32,
+    rounds: int = 15,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
     """Rows {"what", "case", "ms", "ratio", "rounds"}; the ratio is to the first case of the same `what`.
 
     Args:
@@ -71,10 +92,15 @@ def bench(model: str = "lenet5", methods: tuple[str, ...] = ("int8", "luq"), bat
         ValueError: unknown model, or sizes below 1.
     """
     data = random_images(batch)
-    configs = {"fp32": Config(model=model, batch_size=batch, data="images"),
-               "bf16 autocast": Config(model=model, batch_size=batch, data="images", amp="bf16")}  # fmt: skip
-    configs |= {f"{m} simulated": Config(method=m, model=model, batch_size=batch, data="images")
-                for m in methods if m in METHODS}  # fmt: skip
+    configs = {
+        "fp32": Config(model=model, batch_size=batch, data="images"),
+        "bf16 autocast": Config(model=model, batch_size=batch, data="images", amp="bf16"),
+    }
+    configs |= {
+        f"{m} simulated": Config(method=m, model=model, batch_size=batch, data="images")
+        for m in methods
+        if m in METHODS
+    }
     full = {name: resolve(config, data) for name, config in configs.items()}
     times = step_times(full, data, rounds=rounds, budget=20.0, progress=progress)
     rows = [{"what": f"training step, {model}, batch {batch}", "case": k} | v for k, v in times.items()]
@@ -113,6 +139,8 @@ def _operators() -> dict[str, dict[str, Callable[[], Any]]]:
         if row.active and row.device == "cpu" and row.operator in arguments and "definition" not in row.implementation:
             slow, given = definition(row.operator), arguments[row.operator]
             fast = getattr(torch.ops.lowbit, row.operator.partition("::")[2])
-            found[row.operator] = {"PyTorch definition": lambda f=slow, g=given: f(*g),  # type: ignore[misc]
-                                   row.implementation: lambda f=fast, g=given: f(*g)}  # type: ignore[misc]  # fmt: skip
+            found[row.operator] = {
+                "PyTorch definition": partial(slow, *given),
+                row.implementation: partial(fast, *given),
+            }
     return found

@@ -31,9 +31,14 @@ from lowbit.serial import nearest, to_data
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-                  add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Train, quantize and compare neural networks in few bits.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, quantize and compare neural networks in few bits.",
+)
 
 TRAIN, METHOD = "How to train", "What to train"
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -107,9 +112,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                          help="Print the version and exit.")] = False,
-) -> None:  # fmt: skip
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     state["debug"] = debug
 
 
@@ -139,9 +145,17 @@ def show_table(head: list[str], rows: list[list[str]], title: str | None = None,
 def bar() -> Progress:
     """A progress bar on standard error; nothing where that is no terminal."""
     console = Console(stderr=True)
-    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                    TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                    console=console, transient=True, disable=not console.is_terminal)  # fmt: skip
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def figures(event: dict[str, Any], unit: str) -> str:
@@ -167,14 +181,24 @@ def methods(
     if as_json:
         show_json([card_data(c) for c in cards])
         return
-    show_table(["method", "quantizes", "area", "year", "paper", "arXiv"],
-               [[c.name, " ".join(c.roles) or "-", c.area, str(c.year), c.title, c.arxiv] for c in cards])  # fmt: skip
+    show_table(
+        ["method", "quantizes", "area", "year", "paper", "arXiv"],
+        [[c.name, " ".join(c.roles) or "-", c.area, str(c.year), c.title, c.arxiv] for c in cards],
+    )
 
 
 def card_data(card: Any) -> dict[str, Any]:
-    return {"name": card.name, "title": card.title, "year": card.year, "arxiv": card.arxiv, "area": card.area,
-            "roles": list(card.roles), "summary": card.summary, "headline": list(card.headline),
-            "training": dict(card.training)}  # fmt: skip
+    return {
+        "name": card.name,
+        "title": card.title,
+        "year": card.year,
+        "arxiv": card.arxiv,
+        "area": card.area,
+        "roles": list(card.roles),
+        "summary": card.summary,
+        "headline": list(card.headline),
+        "training": dict(card.training),
+    }
 
 
 @command()
@@ -189,18 +213,27 @@ def show(name: Annotated[str, typer.Argument(help="Name of a method.")], as_json
     allowed = inspect.signature(entry.function).parameters
     roles = recipe.roles.named()
     if as_json:
-        show_json(card_data(card) | {
-            "doc": entry.doc, "options": {k: _option(p.default) for k, p in allowed.items()},
-            "recipe": json.loads(recipe.to_json())})  # fmt: skip
+        show_json(
+            card_data(card)
+            | {
+                "doc": entry.doc,
+                "options": {k: _option(p.default) for k, p in allowed.items()},
+                "recipe": json.loads(recipe.to_json()),
+            }
+        )
         return
     console = out()
     arxiv = f"arXiv {card.arxiv}" if card.arxiv.replace(".", "").isdigit() else card.arxiv
     console.print(f"[bold]{escape(card.name)}[/]  {escape(card.title)} ({card.year}, {escape(arxiv)}); {card.area}\n")
     console.print(escape(entry.doc) + "\n", soft_wrap=True)
     if roles:
-        show_table(["role", "format", "bits", "blocks", "scale", "rounding", "gradient"],
-                   [[r, str(s.format), f"{s.format.bits:g}", str(s.blocks), _scale(s), s.rounding, str(s.backward)]
-                    for r, s in roles.items()])  # fmt: skip
+        show_table(
+            ["role", "format", "bits", "blocks", "scale", "rounding", "gradient"],
+            [
+                [r, str(s.format), f"{s.format.bits:g}", str(s.blocks), _scale(s), s.rounding, str(s.backward)]
+                for r, s in roles.items()
+            ],
+        )
         floats = [r.where for r in recipe.rules if r.where != "any" and r.roles is not None and not r.roles.named()]
         if floats:
             console.print(f"In float: the {' and the '.join(floats)} layer.\n")
@@ -233,9 +266,10 @@ def backends(as_json: AS_JSON = False) -> None:
     if as_json:
         show_json([vars(r) for r in rows])
         return
-    show_table(["operator", "device", "implementation", "active", "why not"],
-               [[r.operator, r.device, r.implementation, "yes" if r.active else "no", r.reason]
-                for r in rows])  # fmt: skip
+    show_table(
+        ["operator", "device", "implementation", "active", "why not"],
+        [[r.operator, r.device, r.implementation, "yes" if r.active else "no", r.reason] for r in rows],
+    )
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -254,8 +288,9 @@ def _opt(text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
 def train(
     method: Annotated[Text, _opt("Name of a method; `lowbit methods` lists them.", panel=METHOD)] = None,
     model: Annotated[Text, _opt("mlp, lenet5, resnet20, ...; a default for each kind of data.", panel=METHOD)] = None,
-    data: Annotated[str, _opt("digits, mnist:PATH, cifar10:PATH, images:PATH, text:PATH, pairs:PATH.",
-                              panel=METHOD)] = "digits",
+    data: Annotated[
+        str, _opt("digits, mnist:PATH, cifar10:PATH, images:PATH, text:PATH, pairs:PATH.", panel=METHOD)
+    ] = "digits",
     option: Annotated[Texts, _opt("Option of the method, `key=JSON`; repeatable.", panel=METHOD)] = None,
     recipe: Annotated[Path | None, _opt("A recipe as JSON instead of a method.", panel=METHOD)] = None,
     layers: Annotated[Text, _opt("Kinds of layer to quantize: linear,conv,embedding,attention.", panel=METHOD)] = None,
@@ -300,12 +335,33 @@ def train(
     from lowbit.lab import loop
 
     config = loop.Config(
-        method=method or "fp32", options=pairs(option, "--option"), data=data, model=model,
-        model_options=pairs(model_option, "--model-option"), data_options=pairs(data_option, "--data-option"),
-        seed=seed, epochs=epochs, batch_size=batch_size, limit=limit, augment=augment, optimizer=optimizer, lr=lr,
-        momentum=momentum, weight_decay=weight_decay, schedule=schedule, warmup=warmup, clip_norm=clip_norm,
-        criterion=criterion, amp=amp, compile=compile_, device=device, threads=threads,
-        checkpoint_every=checkpoint_every, log_every=log_every, tracker=tracker)  # fmt: skip
+        method=method or "fp32",
+        options=pairs(option, "--option"),
+        data=data,
+        model=model,
+        model_options=pairs(model_option, "--model-option"),
+        data_options=pairs(data_option, "--data-option"),
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        limit=limit,
+        augment=augment,
+        optimizer=optimizer,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        criterion=criterion,
+        amp=amp,
+        compile=compile_,
+        device=device,
+        threads=threads,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        tracker=tracker,
+    )
     if resume is not None:
         if method is not None or recipe is not None or out_ is not None:
             raise Usage("--resume continues a run as it was begun; leave --method, --recipe and --out out")
@@ -327,8 +383,13 @@ def train(
         task = progress.add_task(config.method, total=None, figures="")
 
         def tell(event: dict[str, Any]) -> None:
-            progress.update(task, completed=event["step"], total=event["steps"], figures=figures(event, unit),
-                            description=f"{config.method} epoch {event['epoch']}/{event['epochs']}")  # fmt: skip
+            progress.update(
+                task,
+                completed=event["step"],
+                total=event["steps"],
+                figures=figures(event, unit),
+                description=f"{config.method} epoch {event['epoch']}/{event['epochs']}",
+            )
 
         try:
             result = loop.train(config, folder, data=held, resume=resume is not None, progress=tell)
@@ -337,8 +398,10 @@ def train(
     if as_json:
         show_json({"folder": str(folder)} | result)
     elif result["status"] == "ok":
-        print(f"{result['metric_name']} {result['metric']:.2f}{unit} after {result['epochs']} epochs, "
-              f"{result['steps']} steps, {result['seconds']:.1f} s; {folder}")  # fmt: skip
+        print(
+            f"{result['metric_name']} {result['metric']:.2f}{unit} after {result['epochs']} epochs, "
+            f"{result['steps']} steps, {result['seconds']:.1f} s; {folder}"
+        )
     if result["status"] != "ok":
         raise Failed(f"{config.method} {result['status']}: {result['reason']}")
 
@@ -366,8 +429,9 @@ def _load(config: Any, folder: Path) -> Any:
 
     with usage(), bar() as progress:
         task = progress.add_task("reading data", total=None, figures="")
-        return load_data(config, folder.parent / "cache",
-                         lambda done, total: progress.update(task, completed=done, total=total))  # fmt: skip
+        return load_data(
+            config, folder.parent / "cache", lambda done, total: progress.update(task, completed=done, total=total)
+        )
 
 
 def pairs(items: list[str] | None, name: str) -> dict[str, Any]:
@@ -394,11 +458,13 @@ def pairs(items: list[str] | None, name: str) -> dict[str, Any]:
 @command()
 def compare(
     methods: Annotated[str, _opt("Names, separated by commas.", panel=METHOD)],
-    data: Annotated[str, _opt("digits, mnist:PATH, cifar10:PATH, images:PATH, text:PATH, pairs:PATH.",
-                              panel=METHOD)] = "digits",
+    data: Annotated[
+        str, _opt("digits, mnist:PATH, cifar10:PATH, images:PATH, text:PATH, pairs:PATH.", panel=METHOD)
+    ] = "digits",
     model: Annotated[Text, _opt("mlp, lenet5, resnet20, ...; a default for each kind of data.", panel=METHOD)] = None,
-    options: Annotated[Texts, _opt("Option of one method, `method.key=JSON`; repeatable.",
-                                              "--options", "--option", panel=METHOD)] = None,
+    options: Annotated[
+        Texts, _opt("Option of one method, `method.key=JSON`; repeatable.", "--options", "--option", panel=METHOD)
+    ] = None,
     seeds: Annotated[str, _opt("Numbers, separated by commas.", panel=METHOD)] = "0",
     model_option: Annotated[Texts, _opt("Option of the model, `key=JSON`; repeatable.", panel=METHOD)] = None,
     data_option: Annotated[Texts, _opt("Option of the data, `key=JSON`; repeatable.", panel=METHOD)] = None,
@@ -440,10 +506,24 @@ def compare(
         asked = _asked(methods, options)
         numbers = [int(s) for s in seeds.split(",")]
     config = loop.Config(
-        data=data, model=model, model_options=pairs(model_option, "--model-option"),
-        data_options=pairs(data_option, "--data-option"), epochs=epochs, batch_size=batch_size, limit=limit,
-        augment=augment, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
-        amp=amp, compile=compile_, device=device, threads=threads)  # fmt: skip
+        data=data,
+        model=model,
+        model_options=pairs(model_option, "--model-option"),
+        data_options=pairs(data_option, "--data-option"),
+        epochs=epochs,
+        batch_size=batch_size,
+        limit=limit,
+        augment=augment,
+        optimizer=optimizer,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        amp=amp,
+        compile=compile_,
+        device=device,
+        threads=threads,
+    )
     folder = out_ if out_ is not None else Path("runs") / f"compare-{data.partition(':')[0]}"
     held = _load(config, folder)
     with usage():
@@ -457,8 +537,12 @@ def compare(
         def tell(event: dict[str, Any]) -> None:
             if event["phase"] == "train":
                 done = event["run"] + event["step"] / event["steps"]
-                progress.update(task, completed=done, description=f"{event['method']} seed {event['seed']}",
-                                figures=figures(event, unit))  # fmt: skip
+                progress.update(
+                    task,
+                    completed=done,
+                    description=f"{event['method']} seed {event['seed']}",
+                    figures=figures(event, unit),
+                )
             else:
                 text = {"measure": "measuring errors of", "time": "timing a step of"}[event["phase"]]
                 progress.update(task, description=f"{text} {event['method']}", figures="")
@@ -470,17 +554,21 @@ def compare(
         save.parent.mkdir(parents=True, exist_ok=True)
         write_json(save, comparing.record(results))
     if as_json:
-        show_json({k: v for k, v in results.items() if k != "methods"} | {
-            "methods": comparing.record(results)["methods"], "folder": str(folder), "report": str(page)})  # fmt: skip
+        show_json(
+            {k: v for k, v in results.items() if k != "methods"}
+            | {"methods": comparing.record(results)["methods"], "folder": str(folder), "report": str(page)}
+        )
     else:
         head, rows = comparing.table(results)
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
         title = f"{results['title']}, {results['settings']['epochs']} epochs, seeds {', '.join(map(str, numbers))}"
         show_table(head, rows, title, right=tuple(head[1:9]))
-        print("\nW A E G U: stored bits of weights, activations, errors, weight gradients and updates, the mean over "
-              "quantized layers\nweights: codes, scales and what stays in float"
-              f"\nstep: time of a training step, float32 = 1 (methods are simulated)\n\n{page}")  # fmt: skip
+        print(
+            "\nW A E G U: stored bits of weights, activations, errors, weight gradients and updates, the mean over "
+            "quantized layers\nweights: codes, scales and what stays in float"
+            f"\nstep: time of a training step, float32 = 1 (methods are simulated)\n\n{page}"
+        )
     if open_report == "yes":
         webbrowser.open(page.resolve().as_uri())
     bad = [m for m in results["methods"] if m["status"] != "ok"]
@@ -548,8 +636,7 @@ def bench(
         with bar() as progress:
             task = progress.add_task("measuring", total=None, figures="")
             with usage():
-                rows = measure(model, names, batch_size, rounds,
-                               lambda what: progress.update(task, description=what))  # fmt: skip
+                rows = measure(model, names, batch_size, rounds, lambda what: progress.update(task, description=what))
     finally:
         torch.set_num_threads(before)
     if as_json:

@@ -115,9 +115,17 @@ def key_of(name: str, options: dict[str, Any]) -> str:
     return " ".join([name, *(f"{k}={v}" for k, v in options.items())])
 
 
-def compare(methods: Sequence[tuple[str, dict[str, Any]]], config: Config, data: Data, seeds: Sequence[int],
-            folder: str | Path, *, command: str = "", measure: bool = True,
-            progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
+def compare(
+    methods: Sequence[tuple[str, dict[str, Any]]],
+    config: Config,
+    data: Data,
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    command: str = "",
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Train every method with every seed and write `results.json`; see the top of this file for what is in it.
 
     A run that is complete in `folder` with the same configuration is not repeated, one that was cut off continues. A
@@ -148,16 +156,30 @@ def compare(methods: Sequence[tuple[str, dict[str, Any]]], config: Config, data:
     return results
 
 
-def _compare(methods: Sequence[tuple[str, dict[str, Any]]], keys: Sequence[str], config: Config, reference: Config,
-             data: Data, seeds: Sequence[int], folder: Path, command: str, measure: bool,
-             progress: Progress | None) -> dict[str, Any]:  # fmt: skip
+def _compare(
+    methods: Sequence[tuple[str, dict[str, Any]]],
+    keys: Sequence[str],
+    config: Config,
+    reference: Config,
+    data: Data,
+    seeds: Sequence[int],
+    folder: Path,
+    command: str,
+    measure: bool,
+    progress: Progress | None,
+) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     resolved: dict[str, Config] = {}
     for i, ((name, options), key) in enumerate(zip(methods, keys, strict=True)):
         runs = []
         for j, seed in enumerate(seeds):
-            place = {"phase": "train", "method": key, "seed": seed, "run": i * len(seeds) + j,
-                     "runs": len(keys) * len(seeds)}  # fmt: skip
+            place = {
+                "phase": "train",
+                "method": key,
+                "seed": seed,
+                "run": i * len(seeds) + j,
+                "runs": len(keys) * len(seeds),
+            }
             own = dataclasses.replace(config, method=name, options=options, recipe=None, seed=seed)
             runs.append(_run(own, data, folder / "runs" / _slug(key) / f"seed{seed}", folder, place, progress))
             if (full := runs[-1].pop("config")) is not None:
@@ -179,15 +201,26 @@ def _slug(key: str) -> str:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def _run(config: Config, data: Data, folder: Path, out: Path, place: dict[str, Any],
-         progress: Progress | None) -> dict[str, Any]:  # fmt: skip
+def _run(
+    config: Config, data: Data, folder: Path, out: Path, place: dict[str, Any], progress: Progress | None
+) -> dict[str, Any]:
     def tell(event: dict[str, Any]) -> None:
         if progress is not None:
             progress(place | event)
 
-    line: dict[str, Any] = {"seed": config.seed, "folder": str(folder.relative_to(out)), "status": "failed",
-                            "reason": "", "metric": None, "loss": None, "seconds": None, "bytes": None, "curve": [],
-                            "steps": [], "config": None}  # fmt: skip
+    line: dict[str, Any] = {
+        "seed": config.seed,
+        "folder": str(folder.relative_to(out)),
+        "status": "failed",
+        "reason": "",
+        "metric": None,
+        "loss": None,
+        "seconds": None,
+        "bytes": None,
+        "curve": [],
+        "steps": [],
+        "config": None,
+    }
     try:
         full = resolve(config, data)
         line["config"] = full
@@ -198,12 +231,24 @@ def _run(config: Config, data: Data, folder: Path, out: Path, place: dict[str, A
         line |= {k: result.get(k) for k in ("status", "reason", "metric", "loss", "seconds", "bytes")}
     except Diverged as error:
         line |= {"status": "diverged", "reason": reason_of(error)}
-    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError, LookupError, AssertionError,
-            AttributeError) as error:  # fmt: skip
+    except (
+        ArithmeticError,
+        ImportError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         line |= {"status": "failed", "reason": f"{type(error).__name__}: {reason_of(error)}"}
     metrics = read_metrics(folder)
-    line["curve"] = [{k: m[k] for k in ("epoch", "step", "train_loss", "train_metric", "test_loss", "test_metric")}
-                     for m in metrics if m["kind"] == "epoch"]  # fmt: skip
+    line["curve"] = [
+        {k: m[k] for k in ("epoch", "step", "train_loss", "train_metric", "test_loss", "test_metric")}
+        for m in metrics
+        if m["kind"] == "epoch"
+    ]
     steps = [{k: m[k] for k in ("step", "loss", "lr")} for m in metrics if m["kind"] == "step"]
     line["steps"] = steps[:: max(1, -(-len(steps) // CURVE))]
     return line
@@ -219,8 +264,9 @@ def _matches(folder: Path, config: Config) -> bool:
     return {k: v for k, v in held.items() if k not in RUNTIME} == {k: v for k, v in asked.items() if k not in RUNTIME}
 
 
-def _method(key: str, name: str, options: dict[str, Any], runs: list[dict[str, Any]],
-            config: Config | None) -> dict[str, Any]:  # fmt: skip
+def _method(
+    key: str, name: str, options: dict[str, Any], runs: list[dict[str, Any]], config: Config | None
+) -> dict[str, Any]:
     card = find(name).card
     worst = max(runs, key=lambda r: ("ok", "diverged", "failed").index(r["status"]))
     values = [r["metric"] if r["status"] == "ok" else None for r in runs]
@@ -229,16 +275,40 @@ def _method(key: str, name: str, options: dict[str, Any], runs: list[dict[str, A
     if good:
         spread = statistics.stdev(good) if len(good) > 1 else None
         metric = {"mean": statistics.fmean(good), "spread": spread, "values": values}
-    training = {} if config is None else {k: getattr(config, k) for k in (
-        "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "clip_norm", "criterion")}  # fmt: skip
-    return {"key": key, "name": name, "options": options, "title": card.title, "year": card.year, "arxiv": card.arxiv,
-            "area": card.area, "summary": card.summary, "status": worst["status"], "reason": worst["reason"],
-            "metric": metric, "bits": None, "bytes": next((b for r in runs if (b := r.pop("bytes")) is not None), None),
-            "step": None, "training": training, "roles": {}, "runs": runs, "layers": [], "histograms": []}  # fmt: skip
+    training = (
+        {}
+        if config is None
+        else {
+            k: getattr(config, k)
+            for k in ("optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "clip_norm", "criterion")
+        }
+    )
+    return {
+        "key": key,
+        "name": name,
+        "options": options,
+        "title": card.title,
+        "year": card.year,
+        "arxiv": card.arxiv,
+        "area": card.area,
+        "summary": card.summary,
+        "status": worst["status"],
+        "reason": worst["reason"],
+        "metric": metric,
+        "bits": None,
+        "bytes": next((b for r in runs if (b := r.pop("bytes")) is not None), None),
+        "step": None,
+        "training": training,
+        "roles": {},
+        "runs": runs,
+        "layers": [],
+        "histograms": [],
+    }
 
 
-def _results(found: list[dict[str, Any]], config: Config, data: Data, seeds: Sequence[int], baseline: str | None,
-             command: str) -> dict[str, Any]:  # fmt: skip
+def _results(
+    found: list[dict[str, Any]], config: Config, data: Data, seeds: Sequence[int], baseline: str | None, command: str
+) -> dict[str, Any]:
     metric = metric_of(data.task)
     sign = -1 if metric["better"] == "higher" else 1
     size, limit = int(config.batch_size or 1), config.limit
@@ -252,18 +322,37 @@ def _results(found: list[dict[str, Any]], config: Config, data: Data, seeds: Seq
         "command": command,
         "task": data.task,
         "metric": metric,
-        "data": {"source": config.data, "fingerprint": data.fingerprint, "train": examples[0], "test": examples[1],
-                 "input_shape": list(data.input_shape), "classes": data.classes, "limit": limit},
-        "model": {"name": config.model, "options": config.model_options,
-                  "parameters": sum(p.numel() for p in plain_model.parameters())},
+        "data": {
+            "source": config.data,
+            "fingerprint": data.fingerprint,
+            "train": examples[0],
+            "test": examples[1],
+            "input_shape": list(data.input_shape),
+            "classes": data.classes,
+            "limit": limit,
+        },
+        "model": {
+            "name": config.model,
+            "options": config.model_options,
+            "parameters": sum(p.numel() for p in plain_model.parameters()),
+        },
         "settings": settings | {"steps_per_epoch": data.steps(size, limit), "schedule": config.schedule},
         "seeds": list(seeds),
         "baseline": baseline,
         "environment": environment(),
         "methods": found,
-        "ranking": [m["key"] for m in sorted(found, key=lambda m: (m["status"] != "ok", m["metric"] is None,
-                                                                   sign * m["metric"]["mean"] if m["metric"] else 0))],
-    }  # fmt: skip
+        "ranking": [
+            m["key"]
+            for m in sorted(
+                found,
+                key=lambda m: (
+                    m["status"] != "ok",
+                    m["metric"] is None,
+                    sign * m["metric"]["mean"] if m["metric"] else 0,
+                ),
+            )
+        ],
+    }
 
 
 # ---- what quantization does to the tensors ---------------------------------------------------------------------------
@@ -316,8 +405,9 @@ def histograms(model: nn.Module, x: Tensor, loss: Callable[[Any], Tensor]) -> li
     def hook(name: str, module: nn.Module) -> None:
         floats[name, "W"] = module.weight.detach()  # type: ignore[assignment,union-attr,operator]
         module.register_forward_pre_hook(lambda m, args: floats.__setitem__((name, "A"), args[0].detach()))
-        module.register_forward_hook(lambda m, args, out: out.register_hook(
-            lambda g: floats.__setitem__((name, "E"), g.detach())) and None)  # fmt: skip
+        module.register_forward_hook(
+            lambda m, args, out: out.register_hook(lambda g: floats.__setitem__((name, "E"), g.detach())) and None
+        )
 
     for name, module in products.items():
         if name in chosen:
@@ -347,10 +437,18 @@ def histogram(layer: str, role: str, x: Tensor, coded: Coded | None) -> dict[str
     edges, counts = _bins(values)
     size = values[values != 0].abs().log2()
     log_edges, log_counts = _bins(size)
-    out: dict[str, Any] = {"layer": layer, "role": role, "format": "float32", "count": values.numel(), "edges": edges,
-                           "counts": counts, "levels": [], "clip": None, "blocks": 1,
-                           "magnitudes": {"edges": log_edges, "counts": log_counts,
-                                          "zeros": values.numel() - size.numel()}}  # fmt: skip
+    out: dict[str, Any] = {
+        "layer": layer,
+        "role": role,
+        "format": "float32",
+        "count": values.numel(),
+        "edges": edges,
+        "counts": counts,
+        "levels": [],
+        "clip": None,
+        "blocks": 1,
+        "magnitudes": {"edges": log_edges, "counts": log_counts, "zeros": values.numel() - size.numel()},
+    }
     if coded is None:
         return out
     scales = coded.scale.double().flatten()
@@ -385,8 +483,14 @@ def _short(value: float) -> float:
 # ---- time of a step --------------------------------------------------------------------------------------------------
 
 
-def step_times(configs: dict[str, Config], data: Data, *, rounds: int = 30, budget: float = 60.0,
-               progress: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+def step_times(
+    configs: dict[str, Config],
+    data: Data,
+    *,
+    rounds: int = 30,
+    budget: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Time of a real training step of each configuration, measured in turn: in every round each makes one step, so what
     else the machine does hits all alike.
 
@@ -445,8 +549,14 @@ def _stepper(config: Config, data: Data) -> Iterator[None]:
             yield
 
 
-def _time(found: list[dict[str, Any]], resolved: dict[str, Config], reference: Config, data: Data, folder: Path,
-          progress: Progress | None) -> None:  # fmt: skip
+def _time(
+    found: list[dict[str, Any]],
+    resolved: dict[str, Config],
+    reference: Config,
+    data: Data,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
     """Fill in `step`; measured again only where the methods or their settings changed."""
     configs = {"fp32": reference} | {m["key"]: resolved[m["key"]] for m in found if m["status"] == "ok"}
     asked = plain({k: c.to_data() for k, c in configs.items()} | {"threads": torch.get_num_threads()})
@@ -456,6 +566,7 @@ def _time(found: list[dict[str, Any]], resolved: dict[str, Config], reference: C
     except (FileNotFoundError, ValueError):
         held = None
     if held is None or held["asked"] != asked:
+
         def tell(key: str) -> None:
             if progress is not None:
                 progress({"phase": "time", "method": key})
@@ -480,10 +591,16 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for m in results["methods"]:
         bits = m["bits"] or {}
         step = m["step"]
-        rows.append([
-            m["key"], shown(m["metric"]), *(f"{bits[r]:.3g}" if r in bits else "" for r in "WAEGU"),
-            "" if m["bytes"] is None else size_of(m["bytes"]), "" if step is None else f"{step['ratio']:.2f}x",
-            "" if m["status"] == "ok" else f"{m['status']}: {m['reason']}"])  # fmt: skip
+        rows.append(
+            [
+                m["key"],
+                shown(m["metric"]),
+                *(f"{bits[r]:.3g}" if r in bits else "" for r in "WAEGU"),
+                "" if m["bytes"] is None else size_of(m["bytes"]),
+                "" if step is None else f"{step['ratio']:.2f}x",
+                "" if m["status"] == "ok" else f"{m['status']}: {m['reason']}",
+            ]
+        )
     return head, rows
 
 
@@ -506,7 +623,21 @@ def size_of(count: int) -> str:
 def record(results: dict[str, Any]) -> dict[str, Any]:
     """What `results/NAME.json` keeps of a comparison: every figure of the table and what it takes to repeat it."""
     kept = ("key", "name", "options", "status", "reason", "metric", "bits", "bytes", "step", "training")
-    common = ("title", "created", "command", "task", "metric", "data", "model", "settings", "seeds", "baseline",
-              "environment")  # fmt: skip
-    return {"schema": "lowbit-result-1", **{k: results[k] for k in common},
-            "methods": [{k: m[k] for k in kept} for m in results["methods"]]}  # fmt: skip
+    common = (
+        "title",
+        "created",
+        "command",
+        "task",
+        "metric",
+        "data",
+        "model",
+        "settings",
+        "seeds",
+        "baseline",
+        "environment",
+    )
+    return {
+        "schema": "lowbit-result-1",
+        **{k: results[k] for k in common},
+        "methods": [{k: m[k] for k in kept} for m in results["methods"]],
+    }

@@ -39,9 +39,7 @@ def tensor(array: np.ndarray) -> Tensor:
 def classification(source: str, arrays: Arrays, names: list[str], digest: str = "", *, flip: bool) -> Data:
     """Images and labels as `Data`, with the statistics of the training images; `digest` when it is known."""
     x = arrays["x_train"]
-    counts = np.stack(
-        [np.bincount(x[:, c].reshape(-1), minlength=256) for c in range(x.shape[1])]
-    )  # (C, 256)
+    counts = np.stack([np.bincount(x[:, c].reshape(-1), minlength=256) for c in range(x.shape[1])])  # (C, 256)
     values, share = np.arange(256), counts / counts.sum(1, keepdims=True)
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
@@ -135,9 +133,7 @@ def load_images(
     folder = Path(cache)
     beside = (place if place.is_dir() else place.parent).resolve()
     if folder.resolve().is_relative_to(beside):
-        raise ValueError(
-            f"cache {folder} lies in the data's folder {beside}; put it into the folder of the run"
-        )
+        raise ValueError(f"cache {folder} lies in the data's folder {beside}; put it into the folder of the run")
     file = folder / f"images-{images.content_key(place, size)}.safetensors"
     found = images.read_cache(file)
     if found is not None:

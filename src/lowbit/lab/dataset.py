@@ -174,9 +174,7 @@ class Data:
         (tokens,) = self.train if split == "train" else self.test
         (block,) = self.input_shape
         last = len(tokens) - 1
-        starts = (
-            index * block if rng is None else torch.from_numpy(rng.integers(0, last - block + 1, len(index)))
-        )
+        starts = index * block if rng is None else torch.from_numpy(rng.integers(0, last - block + 1, len(index)))
         at = starts[:, None] + torch.arange(block)  # (batch, block)
         inside = at < last
         at = at.clamp_max(last - 1)
@@ -210,6 +208,4 @@ def crop_and_flip(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor) -
     columns = torch.arange(width).expand(batch, width)
     columns = right[:, None] + torch.where(mirror[:, None], width - 1 - columns, columns)  # (batch, W)
     one = torch.arange(batch)[:, None, None, None]
-    return padded[
-        one, torch.arange(channels)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
-    ]
+    return padded[one, torch.arange(channels)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]

@@ -28,9 +28,7 @@ Arrays = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 
-def split_names(
-    path: Path, files: list[str], folders: set[str]
-) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
+def split_names(path: Path, files: list[str], folders: set[str]) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
     """For "train" and "test" the sorted (name, class index), and the class names.
 
     Folders that everything lies in are skipped. `train/<class>/` and `test/<class>/` are taken as they are;
@@ -59,11 +57,7 @@ def split_names(
         groups.setdefault((p[skip] if divided else "", p[depth]), []).append(name)
     for folder in sorted(folders):
         p = folder.split("/")
-        if (
-            len(p) == depth + 1
-            and p[:skip] == parts[0][:skip]
-            and (p[skip] if divided else "", p[depth]) not in groups
-        ):
+        if len(p) == depth + 1 and p[:skip] == parts[0][:skip] and (p[skip] if divided else "", p[depth]) not in groups:
             raise ValueError(f"{path}: class folder {folder}/ has no images; remove it or fill it")
     split: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
     for index, label in enumerate(names):
@@ -134,8 +128,7 @@ def image_sets(
             first = name
             if len(order) * image.shape[0] * image.shape[1] * 3 > MAX_TOTAL:
                 raise ValueError(
-                    f"{path}: {len(order):,} images like {name} are more than {MAX_TOTAL:,} bytes; "
-                    "give a smaller size="
+                    f"{path}: {len(order):,} images like {name} are more than {MAX_TOTAL:,} bytes; give a smaller size="
                 )
         elif image.shape[:2] != images[0].shape[:2]:
             raise ValueError(

@@ -33,11 +33,30 @@ from lowbit.methods import find
 from lowbit.recipe import Recipe
 from lowbit.serial import from_data, nearest
 
-__all__ = ["CRITERIA", "EPOCHS", "MODEL", "TRAINING", "Config", "Diverged", "evaluate", "load_data", "metric_of",
-           "open_model", "resolve", "train"]  # fmt: skip
+__all__ = [
+    "CRITERIA",
+    "EPOCHS",
+    "MODEL",
+    "TRAINING",
+    "Config",
+    "Diverged",
+    "evaluate",
+    "load_data",
+    "metric_of",
+    "open_model",
+    "resolve",
+    "train",
+]
 
-MODEL = {"digits": "lenet5", "mnist": "lenet5", "idx": "lenet5", "images": "resnet20", "cifar10": "resnet20",
-         "text": "gpt_tiny", "pairs": "seq2seq"}  # fmt: skip
+MODEL = {
+    "digits": "lenet5",
+    "mnist": "lenet5",
+    "idx": "lenet5",
+    "images": "resnet20",
+    "cifar10": "resnet20",
+    "text": "gpt_tiny",
+    "pairs": "seq2seq",
+}
 """Model where none is named, by kind of data."""
 EPOCHS = {"digits": 20, "mnist": 5, "idx": 5, "images": 30, "cifar10": 30, "text": 5, "pairs": 10}
 """Epochs where none are given, by kind of data."""
@@ -45,8 +64,14 @@ EPOCHS = {"digits": 20, "mnist": 5, "idx": 5, "images": 30, "cifar10": 30, "text
 # found by trial on the digits: 98 % there
 _SMALL: dict[str, Any] = {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 2e-3, "batch_size": 32}
 _RESNET = _SMALL | {"lr": 0.1, "weight_decay": 1e-4, "batch_size": 128}  # He et al., 2016, section 4.2
-_TRANSFORMER: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "batch_size": 32, "warmup": 100,
-                                "clip_norm": 1.0}  # fmt: skip
+_TRANSFORMER: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "batch_size": 32,
+    "warmup": 100,
+    "clip_norm": 1.0,
+}
 TRAINING: dict[str, dict[str, Any]] = {
     "mlp": _SMALL,
     "lenet5": _SMALL,
@@ -177,8 +202,9 @@ def resolve(config: Config, data: Data) -> Config:
     decided["threads"] = 1 if kind == "digits" else torch.get_num_threads()
     if config.recipe is not None:
         decided["method"] = recipe.name
-    asked = {k: v for k, v in config.to_data().items()
-             if v is not None and k not in ("method", "recipe", "fingerprint")}  # fmt: skip
+    asked = {
+        k: v for k, v in config.to_data().items() if v is not None and k not in ("method", "recipe", "fingerprint")
+    }
     full = Config(**({"method": config.method} | decided | asked))
     _check(full, data)
     if config.warmup is None and "warmup" not in card:  # a short run is not all warm-up
@@ -189,14 +215,28 @@ def resolve(config: Config, data: Data) -> Config:
 
 def _check(config: Config, data: Data) -> None:
     for name, value, allowed in (
-        ("optimizer", config.optimizer, OTHER_LR), ("schedule", config.schedule, SCHEDULES), ("amp", config.amp, AMP),
-        ("criterion", config.criterion, CRITERIA), ("device", config.device, DEVICES),
-    ):  # fmt: skip
+        ("optimizer", config.optimizer, OTHER_LR),
+        ("schedule", config.schedule, SCHEDULES),
+        ("amp", config.amp, AMP),
+        ("criterion", config.criterion, CRITERIA),
+        ("device", config.device, DEVICES),
+    ):
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), allowed)}")
-    for name, least in (("epochs", 1), ("batch_size", 1), ("limit", 1), ("checkpoint_every", 1), ("log_every", 1),
-                        ("threads", 1), ("seed", 0), ("warmup", 0), ("lr", 0), ("momentum", 0), ("weight_decay", 0),
-                        ("clip_norm", 0)):  # fmt: skip
+    for name, least in (
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("limit", 1),
+        ("checkpoint_every", 1),
+        ("log_every", 1),
+        ("threads", 1),
+        ("seed", 0),
+        ("warmup", 0),
+        ("lr", 0),
+        ("momentum", 0),
+        ("weight_decay", 0),
+        ("clip_norm", 0),
+    ):
         value = getattr(config, name)
         if value is not None and not (value >= least and math.isfinite(value)):
             raise ValueError(f"{name} must be at least {least}; got {value}")
@@ -206,8 +246,10 @@ def _check(config: Config, data: Data) -> None:
         from accelerate.tracking import get_available_trackers
 
         if config.tracker not in (found := [str(t) for t in get_available_trackers()]):
-            raise ValueError(f"tracker {config.tracker!r} is not installed or unknown to Accelerate; installed: "
-                             f"{', '.join(found) or 'none'}")  # fmt: skip
+            raise ValueError(
+                f"tracker {config.tracker!r} is not installed or unknown to Accelerate; installed: "
+                f"{', '.join(found) or 'none'}"
+            )
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -215,8 +257,7 @@ def recipe_of(config: Config) -> Recipe:
     return Recipe.from_json(json.dumps(config.recipe))
 
 
-def load_data(config: Config, cache: Path | None = None,
-              progress: Callable[[int, int], None] | None = None) -> Data:  # fmt: skip
+def load_data(config: Config, cache: Path | None = None, progress: Callable[[int, int], None] | None = None) -> Data:
     """The data of a run; decoded images are kept in `cache`."""
     return load(config.data, **config.data_options, cache=cache, progress=progress)
 
@@ -241,7 +282,10 @@ def squared_hinge(logits: Tensor, target: Tensor) -> Tensor:
 
 
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": cross_entropy, "sse": sse, "squared_hinge": squared_hinge}  # fmt: skip
+    "cross_entropy": cross_entropy,
+    "sse": sse,
+    "squared_hinge": squared_hinge,
+}
 """Losses by name: logits `(n, classes)` and targets int64 `(n,)` to a scalar."""
 
 
@@ -344,8 +388,14 @@ Progress = Callable[[dict[str, Any]], None]
 """Called after each step with {"step", "steps", "epoch", "epochs", "loss", "metric", "seconds"}."""
 
 
-def train(config: Config, folder: str | Path, *, data: Data | None = None, resume: bool = False,
-          progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    data: Data | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Train as `config` says, in `folder`, and return what is then in its result.json.
 
     Args:
@@ -364,8 +414,10 @@ def train(config: Config, folder: str | Path, *, data: Data | None = None, resum
     run = Run(folder)
     if resume:
         stored = Config.from_data(run.config())
-        config = dataclasses.replace(stored, **{k: getattr(config, k) for k in ("device", "threads")
-                                                if getattr(config, k) != getattr(Config(), k)})  # fmt: skip
+        config = dataclasses.replace(
+            stored,
+            **{k: getattr(config, k) for k in ("device", "threads") if getattr(config, k) != getattr(Config(), k)},
+        )
         if (result := run.result()) is not None and result["status"] != "failed":
             return result
     cache = run.folder.parent / "cache"
@@ -432,14 +484,27 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
             if at.step % every == 0 and at.batch < per_epoch:
                 run.save(_state(parts, at))
             if progress is not None:
-                progress({"step": at.step, "steps": epochs * per_epoch, "epoch": epoch + 1, "epochs": epochs,
-                          "loss": value, "metric": at.tally.figures(data.task)[1], "seconds": at.seconds})  # fmt: skip
+                progress(
+                    {
+                        "step": at.step,
+                        "steps": epochs * per_epoch,
+                        "epoch": epoch + 1,
+                        "epochs": epochs,
+                        "loss": value,
+                        "metric": at.tally.figures(data.task)[1],
+                        "seconds": at.seconds,
+                    }
+                )
 
         train_loss, train_metric = at.tally.figures(data.task)
         test_loss, test_metric = evaluate(net, data, config, device)
         at = Position(epoch + 1, 0, at.step, time.perf_counter() - clock)
-        figures = {"train_loss": train_loss, "train_metric": train_metric, "test_loss": test_loss,
-                   "test_metric": test_metric}  # fmt: skip
+        figures = {
+            "train_loss": train_loss,
+            "train_metric": train_metric,
+            "test_loss": test_loss,
+            "test_metric": test_metric,
+        }
         line = {"kind": "epoch", "epoch": epoch + 1, "step": at.step, "seconds": round(at.seconds, 3)}
         run.log(line | figures)
         accelerator.log(figures, step=at.step)
@@ -477,10 +542,18 @@ def _restore(run: Run, parts: dict[str, Any]) -> Position:
 def _finish(config: Config, run: Run, data: Data, model: nn.Module, at: Position) -> dict[str, Any]:
     state = run.load() or {}
     figures = state.get("figures", {})
-    result: dict[str, Any] = {"status": "ok", "reason": "", "method": config.method, "metric_name":
-                              metric_of(data.task)["name"], "metric": figures.get("test_metric"),
-                              "loss": figures.get("test_loss"), "epochs": at.epoch, "steps": at.step,
-                              "seconds": round(at.seconds, 3), "bytes": None}  # fmt: skip
+    result: dict[str, Any] = {
+        "status": "ok",
+        "reason": "",
+        "method": config.method,
+        "metric_name": metric_of(data.task)["name"],
+        "metric": figures.get("test_metric"),
+        "loss": figures.get("test_loss"),
+        "epochs": at.epoch,
+        "steps": at.step,
+        "seconds": round(at.seconds, 3),
+        "bytes": None,
+    }
     try:
         lowbit.save(model, run.folder / "model")
         result["bytes"] = stored_bytes(run.folder / "model", config, data)
@@ -493,8 +566,9 @@ def _finish(config: Config, run: Run, data: Data, model: nn.Module, at: Position
 def stored_bytes(folder: Path, config: Config, data: Data) -> int:
     """Bytes that a saved model's file spends on the float model's own state: codes with their scales, and what stayed
     in float. Random streams and the like are not counted."""
-    names = set(models.build(str(config.model), data.input_shape, data.classes, seed=0, **config.model_options)
-                .state_dict())  # fmt: skip
+    names = set(
+        models.build(str(config.model), data.input_shape, data.classes, seed=0, **config.model_options).state_dict()
+    )
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         held = [file.get_tensor(k) for k in file.keys() if k.partition(":")[0] in names]  # noqa: SIM118
     return sum(t.numel() * t.element_size() for t in held)
@@ -537,8 +611,9 @@ def _accelerator(config: Config, folder: Path) -> Any:
 
     if AcceleratorState._shared_state:  # one process may train several runs with different settings
         AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=_device(config) == "cpu", mixed_precision=config.amp, log_with=config.tracker,
-                              project_dir=str(folder))  # fmt: skip
+    accelerator = Accelerator(
+        cpu=_device(config) == "cpu", mixed_precision=config.amp, log_with=config.tracker, project_dir=str(folder)
+    )
     if accelerator.device.type != torch.device(_device(config)).type:
         raise ValueError(f"device {config.device!r} is not available here; Accelerate found {accelerator.device.type}")
     if accelerator.num_processes > 1:
@@ -562,4 +637,3 @@ def torch_settings(config: Config) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.benchmark = before
-

@@ -23,8 +23,7 @@ SCHEMA = "lowbit-compare-1"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C05C97", "#B87F00", "#4199D6")
 """After Okabe and Ito (2008), "Color Universal Design", the lighter ones darkened to stay visible on white."""
 INK, GREY, FAINT = "#1c2128", "#59636e", "#dde1e6"
-SHAPES = ("M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0Z", "M-4.5-4.5H4.5V4.5H-4.5Z", "M0-6L5.5 4.5H-5.5Z",
-          "M0-6L6 0L0 6L-6 0Z")  # fmt: skip
+SHAPES = ("M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0Z", "M-4.5-4.5H4.5V4.5H-4.5Z", "M0-6L5.5 4.5H-5.5Z", "M0-6L6 0L0 6L-6 0Z")
 """Markers; the page has a dash for each as well, so 24 methods look different."""
 
 
@@ -35,11 +34,38 @@ def complete(results: Mapping[str, Any]) -> dict[str, Any]:
     data = plain(results)
     if any(not isinstance(m, dict) or not isinstance(m.get("key"), str) for m in data["methods"]):
         raise ValueError('every method of the results needs its "key"; are they complete?')
-    empty: dict[str, Any] = {"title": "", "created": "", "command": "", "task": "", "baseline": None, "ranking": [],
-                             "data": {}, "model": {}, "settings": {}, "seeds": [], "environment": {}}  # fmt: skip
-    method: dict[str, Any] = {"title": "", "year": None, "arxiv": "", "area": "", "summary": "", "status": "ok",
-                              "reason": "", "metric": None, "bits": None, "bytes": None, "step": None, "training": {},
-                              "roles": {}, "runs": [], "layers": [], "histograms": [], "options": {}}  # fmt: skip
+    empty: dict[str, Any] = {
+        "title": "",
+        "created": "",
+        "command": "",
+        "task": "",
+        "baseline": None,
+        "ranking": [],
+        "data": {},
+        "model": {},
+        "settings": {},
+        "seeds": [],
+        "environment": {},
+    }
+    method: dict[str, Any] = {
+        "title": "",
+        "year": None,
+        "arxiv": "",
+        "area": "",
+        "summary": "",
+        "status": "ok",
+        "reason": "",
+        "metric": None,
+        "bits": None,
+        "bytes": None,
+        "step": None,
+        "training": {},
+        "roles": {},
+        "runs": [],
+        "layers": [],
+        "histograms": [],
+        "options": {},
+    }
     data = empty | {k: v for k, v in data.items() if v is not None}
     data["metric"] = {"name": "loss", "unit": "", "better": "lower"} | (data.get("metric") or {})
     full = [method | {k: v for k, v in m.items() if v is not None} for m in data["methods"]]
@@ -86,8 +112,16 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     data = complete(results)
     shown = [m for m in data["methods"] if mean_of(m) is not None]
     height = max(380, 24 * len(data["methods"]) + 110)
-    svg = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 1000 {height}",
-                             "font-family": "system-ui, sans-serif", "font-size": "13", "fill": INK})  # fmt: skip
+    svg = ET.Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 1000 {height}",
+            "font-family": "system-ui, sans-serif",
+            "font-size": "13",
+            "fill": INK,
+        },
+    )
     _mark(svg, "rect", width=1000, height=height, rx=8, fill="#ffffff")
     _text(svg, 20, 30, data["title"], 50, font_size=16, font_weight=600)
     values = [v for m in shown for v in (*(m["metric"].get("values") or []), mean_of(m)) if v is not None] or [0.0, 1.0]
@@ -118,8 +152,11 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
                 _mark(svg, "circle", cx=across(value), cy=y, r=2.5, fill="none", stroke=colour)
         _point(svg, across(mean), y, look)
 
-    bits = {m["key"]: statistics.fmean(b) for m in shown
-            if (b := [m["bits"][r] for r in "WAE" if (m["bits"] or {}).get(r) is not None])}  # fmt: skip
+    bits = {
+        m["key"]: statistics.fmean(b)
+        for m in shown
+        if (b := [m["bits"][r] for r in "WAE" if (m["bits"] or {}).get(r) is not None])
+    }
     x0, x1 = 570.0, 970.0
     first, last = min([2.0, *bits.values()]), max([32.0, *bits.values()])
 
@@ -191,13 +228,24 @@ def _places(points: list[tuple[float, float, str]], area: tuple[float, float, fl
     found: list[Any] = []
     for x, y, key in points:
         wide = 6.8 * _columns(_short(key, 18)) + 2
-        spots = ((x + s * (9 + abs(d) / 3) - (s < 0) * wide - (s == 0) * wide / 2, y + d - 8)
-                 for d in (v * sign for v in (*range(0, 60, 6), *range(60, 400, 12)) for sign in (-1, 1))
-                 for s in ((1, -1, 0) if abs(d) > 14 else (1, -1)))  # fmt: skip
+        spots = (
+            (x + s * (9 + abs(d) / 3) - (s < 0) * wide - (s == 0) * wide / 2, y + d - 8)
+            for d in (v * sign for v in (*range(0, 60, 6), *range(60, 400, 12)) for sign in (-1, 1))
+            for s in ((1, -1, 0) if abs(d) > 14 else (1, -1))
+        )
         boxes = ((a, b, a + wide, b + 16) for a, b in spots)
-        box = next((b for b in boxes if b[0] >= area[0] and b[1] >= area[1] and b[2] <= area[2] and b[3] <= area[3]
-                    and all(b[0] >= t[2] or b[2] <= t[0] or b[1] >= t[3] or b[3] <= t[1] for t in taken)),
-                   None)  # fmt: skip
+        box = next(
+            (
+                b
+                for b in boxes
+                if b[0] >= area[0]
+                and b[1] >= area[1]
+                and b[2] <= area[2]
+                and b[3] <= area[3]
+                and all(b[0] >= t[2] or b[2] <= t[0] or b[1] >= t[3] or b[3] <= t[1] for t in taken)
+            ),
+            None,
+        )
         if box is not None:
             taken.append(box)
         found.append(box)

@@ -56,9 +56,17 @@ def write(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     env.filters |= {"show": _show, "num": _number, "size": _size, "percent": _percent}
     template = env.from_string(files.joinpath("report.html.j2").read_text(encoding="utf-8"))
     text = template.render(
-        r=data, scripts=scripts, hashes=hashes, payload=_json(_payload(data)), table=_table(data), looks=looks_of(data),
-        lead=_lead(data), papers={m["key"]: _paper(m) for m in data["methods"]}, roles=ROLES,
-        colours=COLOURS)  # fmt: skip
+        r=data,
+        scripts=scripts,
+        hashes=hashes,
+        payload=_json(_payload(data)),
+        table=_table(data),
+        looks=looks_of(data),
+        lead=_lead(data),
+        papers={m["key"]: _paper(m) for m in data["methods"]},
+        roles=ROLES,
+        colours=COLOURS,
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(target, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
@@ -92,8 +100,11 @@ def _payload(data: dict[str, Any]) -> dict[str, Any]:
         curves = {y: _band(epochs, "epoch", y) for y in ("train_loss", "test_loss", "train_metric", "test_metric")}
         curves["batch_loss"] = _band([run.get("steps") or [] for run in m["runs"]], "step", "loss")
         kept = {k: m[k] for k in ("key", "status", "metric", "bits", "bytes", "step", "histograms")}
-        layers = [{k: row.get(k) for k in ("layer", "role", "format", "bits", "scale", "sqnr", "exact", "clipped",
-                                           "zero")} for row in m["layers"] if row.get("role") != "-"]  # fmt: skip
+        layers = [
+            {k: row.get(k) for k in ("layer", "role", "format", "bits", "scale", "sqnr", "exact", "clipped", "zero")}
+            for row in m["layers"]
+            if row.get("role") != "-"
+        ]
         methods.append(kept | looks[m["key"]] | {"curves": curves, "layers": layers})
     return {"metric": data["metric"], "baseline": data["baseline"], "methods": methods}
 
@@ -201,8 +212,11 @@ def _table(data: dict[str, Any]) -> dict[str, Any]:
     rows = [[dict(zip(("text", "sub", "value"), make(m), strict=True)) for make in makers] for m in data["methods"]]
     for head, better in (heads[0], metric["better"]), ("Weights", "lower"), ("Step time", "lower"):
         column = heads.index(head)
-        cells = [r[column] for m, r in zip(data["methods"], rows, strict=True)
-                 if m is not base and r[column]["value"] is not None]  # fmt: skip
+        cells = [
+            r[column]
+            for m, r in zip(data["methods"], rows, strict=True)
+            if m is not base and r[column]["value"] is not None
+        ]
         top = (max if better == "higher" else min)((c["value"] for c in cells), default=None)
         for cell in cells:
             cell["best"] = len(cells) > 1 and cell["value"] == top

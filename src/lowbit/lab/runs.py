@@ -29,8 +29,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Run", "environment", "metrics_line", "read_json", "read_metrics", "read_state", "replace", "write_json",
-           "write_state"]  # fmt: skip
+__all__ = [
+    "Run",
+    "environment",
+    "metrics_line",
+    "read_json",
+    "read_metrics",
+    "read_state",
+    "replace",
+    "write_json",
+    "write_state",
+]
 
 VERSION = "1"
 
@@ -246,8 +255,10 @@ class Run:
             FileExistsError: the folder holds a run.
         """
         if (self.folder / "config.json").exists():
-            raise FileExistsError(f"{self.folder} holds a run already; continue it with --resume {self.folder}, or "
-                                  "choose another folder with --out")  # fmt: skip
+            raise FileExistsError(
+                f"{self.folder} holds a run already; continue it with --resume {self.folder}, or "
+                "choose another folder with --out"
+            )
         write_json(self.folder / "config.json", config)
 
     def config(self) -> dict[str, Any]:

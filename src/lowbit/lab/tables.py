@@ -79,8 +79,10 @@ def body(name: str, results: dict[str, dict[str, Any]], path: Path) -> str:
     if name == "results":
         return "\n".join(f"\n### {r['title']}\n\n{result(r)}" for r in results.values())
     if name not in results:
-        raise ValueError(f"{path}: no table {name!r}; there are methods, paper, results and the files of results/: "
-                         f"{', '.join(results) or 'none yet'}")  # fmt: skip
+        raise ValueError(
+            f"{path}: no table {name!r}; there are methods, paper, results and the files of results/: "
+            f"{', '.join(results) or 'none yet'}"
+        )
     return result(results[name])
 
 
@@ -97,8 +99,10 @@ def source(arxiv: str) -> str:
 
 
 def methods() -> str:
-    rows = [(f"`{c.name}`", c.title, f"{c.year}, {source(c.arxiv)}", c.area, " ".join(c.roles) or "none")
-            for c in list_methods()]  # fmt: skip
+    rows = [
+        (f"`{c.name}`", c.title, f"{c.year}, {source(c.arxiv)}", c.area, " ".join(c.roles) or "none")
+        for c in list_methods()
+    ]
     return markdown(("method", "paper", "where", "area", "quantizes"), rows)
 
 
@@ -127,20 +131,36 @@ def value(method: dict[str, Any], results: dict[str, Any]) -> str:
 
 def result(r: dict[str, Any]) -> str:
     metric, head = r["metric"], ["method"]
-    head += [f"{metric['name']}{' ' + metric['unit'] if metric['unit'] else ''}", "W / A / E / G / U bits", "weights",
-             "step time", "seeds", "optimizer"]  # fmt: skip
+    head += [
+        f"{metric['name']}{' ' + metric['unit'] if metric['unit'] else ''}",
+        "W / A / E / G / U bits",
+        "weights",
+        "step time",
+        "seeds",
+        "optimizer",
+    ]
     rows = []
     for m in r["methods"]:
         bits = " / ".join(f"{m['bits'][role]:.3g}" for role in "WAEGU") if m["bits"] else ""
         failed = "" if m["status"] == "ok" else f" ({m['status']}: {m['reason']})"
         training = m["training"]
-        rows.append((f"`{m['key']}`", shown(m["metric"]) + failed, bits, size_of(m["bytes"]) if m["bytes"] else "",
-                     f"{m['step']['ratio']:.2f}x" if m["step"] else "", ", ".join(map(str, r["seeds"])),
-                     f"{training['optimizer']}, lr {training['lr']:g}" if training else ""))  # fmt: skip
+        rows.append(
+            (
+                f"`{m['key']}`",
+                shown(m["metric"]) + failed,
+                bits,
+                size_of(m["bytes"]) if m["bytes"] else "",
+                f"{m['step']['ratio']:.2f}x" if m["step"] else "",
+                ", ".join(map(str, r["seeds"])),
+                f"{training['optimizer']}, lr {training['lr']:g}" if training else "",
+            )
+        )
     data, settings = r["data"], r["settings"]
     part = "" if data["limit"] is None else f", {data['limit']} training examples an epoch"
     where, threads = r["environment"], r["environment"]["threads"]
-    line = (f"{settings['epochs']} epochs{part}, batch {settings['batch_size']}; {where['cpu']}, "
-            f"{threads} thread{'s' if threads != 1 else ''}, PyTorch {where['torch']}; data "
-            f"{data['fingerprint'][:12]}.")  # fmt: skip
+    line = (
+        f"{settings['epochs']} epochs{part}, batch {settings['batch_size']}; {where['cpu']}, "
+        f"{threads} thread{'s' if threads != 1 else ''}, PyTorch {where['torch']}; data "
+        f"{data['fingerprint'][:12]}."
+    )
     return f"{markdown(head, rows)}\n{line} `{r['command']}`\n"

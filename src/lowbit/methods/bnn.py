@@ -40,24 +40,38 @@ __all__ = ["bnn"]
 
 @method(
     Card(
-        name="bnn", title="Binarized Neural Networks", year=2016, arxiv="1602.02830", area="binary",
-        headline=("MNIST, perceptron: 0.96 % error; SVHN: 2.80 %; CIFAR-10, ConvNet: 11.40 %",
-                  "ImageNet, AlexNet: 41.8 / 67.1 % top-1 / top-5, 56.6 / 80.2 % float",
-                  "ImageNet, AlexNet with 2-bit activations: 51 % top-1"),
+        name="bnn",
+        title="Binarized Neural Networks",
+        year=2016,
+        arxiv="1602.02830",
+        area="binary",
+        headline=(
+            "MNIST, perceptron: 0.96 % error; SVHN: 2.80 %; CIFAR-10, ConvNet: 11.40 %",
+            "ImageNet, AlexNet: 41.8 / 67.1 % top-1 / top-5, 56.6 / 80.2 % float",
+            "ImageNet, AlexNet with 2-bit activations: 51 % top-1",
+        ),
         training={"optimizer": "adam", "lr": 1e-3},
-    )  # fmt: skip
+    )
 )
 def bnn(activation_bits: int = 1, stochastic: bool = False, shift_norm: bool = False) -> Recipe:
     if not 1 <= activation_bits <= 8:
         raise ValueError(f"activation_bits must be 1 to 8; got {activation_bits!r}")
     levels = Even(activation_bits)
     weight = QSpec(BINARY, backward=PassThrough())
-    activation = QSpec(levels, scale=Static(1 / levels.max), backward=InRange(-1.0, 1.0),
-                       rounding="stochastic" if stochastic else "half_even")  # fmt: skip
+    activation = QSpec(
+        levels,
+        scale=Static(1 / levels.max),
+        backward=InRange(-1.0, 1.0),
+        rounding="stochastic" if stochastic else "half_even",
+    )
     image = QSpec(Int(8, signed=False), scale=MinMax(255))
     norms = tuple(Swap(f"BatchNorm{d}d", "ShiftBatchNorm") for d in (1, 2)) if shift_norm else ()
     return Recipe(
-        "bnn", Roles(W=weight, A=activation), rules=(Rule(where="first", roles=Roles(W=weight, A=image)),),
-        swaps=(Swap("ReLU", "Hardtanh"), *norms), steps=(Spread(),),
-        update=Update(clip=1.0, lr_scale="glorot"), criterion="squared_hinge",
-    )  # fmt: skip
+        "bnn",
+        Roles(W=weight, A=activation),
+        rules=(Rule(where="first", roles=Roles(W=weight, A=image)),),
+        swaps=(Swap("ReLU", "Hardtanh"), *norms),
+        steps=(Spread(),),
+        update=Update(clip=1.0, lr_scale="glorot"),
+        criterion="squared_hinge",
+    )

@@ -25,7 +25,7 @@ ReLU stays. The default is the paper's 1-2-6.
 
 from __future__ import annotations
 
-from torch import Tensor, finfo
+from torch import Tensor
 
 from ..backward import InRange
 from ..blocks import PerSample
@@ -40,14 +40,6 @@ __all__ = ["dorefa"]
 SINGLE = Float(8, 23)  # float32 itself
 
 
-class TanhWeight(Quantizer, kind="dorefa_weight"):
-    """Quantizes tanh(w) / max|tanh(w)|, differentiably up to the rounding."""
-
-    def prepare(self, x: Tensor) -> Tensor:
-        t = x.tanh()
-        return t / t.abs().max().clamp_min(finfo(t.dtype).tiny)
-
-
 class UnitClip(Quantizer, kind="dorefa_clip"):
     """clip(x, 0, 1); its grid decides whether it is rounded."""
 
@@ -57,12 +49,17 @@ class UnitClip(Quantizer, kind="dorefa_clip"):
 
 @method(
     Card(
-        name="dorefa", year=2016, arxiv="1606.06160", area="training",
+        name="dorefa",
+        year=2016,
+        arxiv="1606.06160",
+        area="training",
         title="DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients",
-        headline=("ImageNet, AlexNet, 1-2-6: 46.1 % top-1",
-                  "ImageNet, AlexNet, released code, top-1 error: 46.8 % with 1-2-6, 54.0 % with 1-2-4, 40.3 % float",
-                  "SVHN error: 3.1 to 3.2 % with 1-1-4, 2.3 % float"),
-    )  # fmt: skip
+        headline=(
+            "ImageNet, AlexNet, 1-2-6: 46.1 % top-1",
+            "ImageNet, AlexNet, released code, top-1 error: 46.8 % with 1-2-6, 54.0 % with 1-2-4, 40.3 % float",
+            "SVHN error: 3.1 to 3.2 % with 1-1-4, 2.3 % float",
+        ),
+    )
 )
 def dorefa(w_bits: int = 1, a_bits: int = 2, e_bits: int = 6, quantize_ends: bool = False) -> Recipe:
     for name, bits in (("w_bits", w_bits), ("a_bits", a_bits), ("e_bits", e_bits)):
@@ -73,7 +70,7 @@ def dorefa(w_bits: int = 1, a_bits: int = 2, e_bits: int = 6, quantize_ends: boo
     if w_bits == 1:
         weight = QSpec(Even(1), scale=Moments(0.0, -1.0, 1.0))  # mean|w|
     elif w_bits < 32:
-        weight = QSpec(Even(w_bits), scale=Static(1 / (2**w_bits - 1)), kind="dorefa_weight")
+        weight = QSpec(Even(w_bits), kind="tanh_max")
     if a_bits < 32:
         grid = Int(a_bits, signed=False)
         activation = QSpec(grid, scale=Static(1 / grid.max), backward=InRange(0.0, 1.0))

@@ -37,10 +37,13 @@ __all__ = ["fp8"]
 
 @method(
     Card(
-        name="fp8", title="Training Deep Neural Networks with 8-bit Floating Point Numbers", year=2018,
-        arxiv="1812.08011", area="training",
+        name="fp8",
+        title="Training Deep Neural Networks with 8-bit Floating Point Numbers",
+        year=2018,
+        arxiv="1812.08011",
+        area="training",
         headline=("naive 1-6-9 accumulation is far off on long sums; chunks of 32 or more follow FP32",),
-    )  # fmt: skip
+    )
 )
 def fp8(chunk: int = 64, accumulate: bool = True, loss_scale: float = 1000.0, ends: bool = True) -> Recipe:
     eight, sixteen = QSpec(E5M2), QSpec(FP16_169)
@@ -49,6 +52,12 @@ def fp8(chunk: int = 64, accumulate: bool = True, loss_scale: float = 1000.0, en
     inner = Roles(W=eight, A=eight, E=eight, U=stored)
     first = Rule(where="first", roles=dataclasses.replace(inner, A=sixteen))
     last = Rule(where="last", roles=Roles(W=sixteen, A=sixteen, E=sixteen, U=stored))
-    return Recipe("fp8", inner, Products(product, product, product), rules=(first, last) if ends else (),
-                  steps=(StoreOnGrid(),), update=Update(axpy=True, states=stored, biases=True),
-                  loss_scale=LossScale(loss_scale))  # fmt: skip
+    return Recipe(
+        "fp8",
+        inner,
+        Products(product, product, product),
+        rules=(first, last) if ends else (),
+        steps=(StoreOnGrid(),),
+        update=Update(axpy=True, states=stored, biases=True),
+        loss_scale=LossScale(loss_scale),
+    )

@@ -57,10 +57,13 @@ def _lengths(il: int | None, fl: int | None, wl: int | None) -> tuple[int, int]:
 
 @method(
     Card(
-        name="gupta", title="Deep Learning with Limited Numerical Precision", year=2015, arxiv="1502.02551",
+        name="gupta",
+        title="Deep Learning with Limited Numerical Precision",
+        year=2015,
+        arxiv="1502.02551",
         area="training",
         headline=("16-bit fixed point with stochastic rounding trains with little or no loss against float",),
-    )  # fmt: skip
+    )
 )
 def gupta(
     il: int | None = None,
@@ -99,6 +102,12 @@ def gupta(
             raise ValueError(f"raise_to must exceed the word length {sum(lengths)}; got {raise_to}")
         late, late_output = roles(more)
         schedule = (Stage(start=raise_at, roles=late, result=late_output),)
-    return Recipe("gupta", usual, Products(result=output, error_at="both"), steps=(StoreOnGrid(),),
-                  update=Update(biases=True), schedule=schedule,
-                  loss_scale=None if loss_scale == 1 else LossScale(loss_scale))  # fmt: skip
+    return Recipe(
+        "gupta",
+        usual,
+        Products(result=output, error_at="both"),
+        steps=(StoreOnGrid(),),
+        update=Update(biases=True),
+        schedule=schedule,
+        loss_scale=None if loss_scale == 1 else LossScale(loss_scale),
+    )

@@ -57,14 +57,24 @@ def _int8(blocks: Blocks, stochastic: bool = False) -> QSpec:
 
 @method(
     Card(
-        name="int8", title="INT8 mixed-precision training", year=2024, arxiv="github.com/pytorch/ao",
+        name="int8",
+        title="INT8 mixed-precision training",
+        year=2024,
+        arxiv="github.com/pytorch/ao",
         area="training",
-        headline=("Llama2-1B on C4, 20k steps: validation loss 2.90 in INT8, 2.97 in BF16",
-                  "Llama2-1B on one RTX 4090: 29k tokens a second in INT8, 17k in BF16"),
-    )  # fmt: skip
+        headline=(
+            "Llama2-1B on C4, 20k steps: validation loss 2.90 in INT8, 2.97 in BF16",
+            "Llama2-1B on one RTX 4090: 29k tokens a second in INT8, 17k in BF16",
+        ),
+    )
 )
-def int8(products: Sequence[str] = PRODUCTS, stochastic: bool = True, first: bool = True, last: bool = True,
-         accumulate: Literal["auto", "int32", "float32"] = "auto") -> Recipe:  # fmt: skip
+def int8(
+    products: Sequence[str] = PRODUCTS,
+    stochastic: bool = True,
+    first: bool = True,
+    last: bool = True,
+    accumulate: Literal["auto", "int32", "float32"] = "auto",
+) -> Recipe:
     names = (products,) if isinstance(products, str) else tuple(products)
     for name in names:
         if name not in PRODUCTS:
@@ -85,9 +95,10 @@ def int8(products: Sequence[str] = PRODUCTS, stochastic: bool = True, first: boo
 
     return Recipe(
         "int8",
-        Roles(W=row if out else None, A=row if out else None,
-              E=_int8(PerRow(), stochastic) if grad_a else None),
+        Roles(W=row if out else None, A=row if out else None, E=_int8(PerRow(), stochastic) if grad_a else None),
         with_sums(Int32() if accumulate == "int32" else None),
-        rules=(*([Rule(type="linear", products=with_sums(Int32()))] if accumulate == "auto" else []),
-               *float_ends(not first, not last)),
-    )  # fmt: skip
+        rules=(
+            *([Rule(type="linear", products=with_sums(Int32()))] if accumulate == "auto" else []),
+            *float_ends(not first, not last),
+        ),
+    )

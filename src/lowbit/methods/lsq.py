@@ -47,19 +47,26 @@ class Lsq(Quantizer, kind="lsq"):
 def _roles(bits: int) -> Roles:
     signed = Int(bits)
     weight = QSpec(signed, scale=Learned(signed.max), kind="lsq", backward=LearnedStep())
-    activation = QSpec(signed, scale=Learned(signed.max), kind="lsq", backward=LearnedStep(),
-                       unsigned=Int(bits, signed=False))  # fmt: skip
+    activation = QSpec(
+        signed, scale=Learned(signed.max), kind="lsq", backward=LearnedStep(), unsigned=Int(bits, signed=False)
+    )
     return Roles(W=weight, A=activation)
 
 
 @method(
     Card(
-        name="lsq", title="Learned Step Size Quantization", year=2020, arxiv="1902.08153", area="activations",
-        headline=("ImageNet, ResNet-18: 67.6 / 70.2 / 71.1 / 71.1 % with 2 / 3 / 4 / 8 bits, 70.5 % float",
-                  "ImageNet, ResNet-50: 73.7 / 75.8 / 76.7 / 76.8 % with 2 / 3 / 4 / 8 bits, 76.9 % float",
-                  "ImageNet, ResNet-18 with 2 bits: 67.6 % with the gradient scale, 64.2 % at best without"),
+        name="lsq",
+        title="Learned Step Size Quantization",
+        year=2020,
+        arxiv="1902.08153",
+        area="activations",
+        headline=(
+            "ImageNet, ResNet-18: 67.6 / 70.2 / 71.1 / 71.1 % with 2 / 3 / 4 / 8 bits, 70.5 % float",
+            "ImageNet, ResNet-50: 73.7 / 75.8 / 76.7 / 76.8 % with 2 / 3 / 4 / 8 bits, 76.9 % float",
+            "ImageNet, ResNet-18 with 2 bits: 67.6 % with the gradient scale, 64.2 % at best without",
+        ),
         training={"optimizer": "sgd", "lr": 0.01, "momentum": 0.9},
-    )  # fmt: skip
+    )
 )
 def lsq(bits: int = 4, ends: int | None = 8) -> Recipe:
     for name, given in (("bits", bits), ("ends", ends)):

@@ -45,14 +45,14 @@ from ..backward import Coded
 from ..formats import FP16, Codebook, Format, Int, Log
 from ..quantizer import QSpec, Quantizer
 from ..recipe import Product, Products, Recipe, Roles, Stage, float_ends
-from ..scales import AbsMax, Average, Moments, PowerOfTwo, Scale
+from ..scales import AbsMax, Average, Moments, PowerOfTwo, Scale, sawb
 from ..serial import nearest
 from . import Card, method
 
 __all__ = ["luq"]
 
-ALIGNED = (12.035, 12.03)  # SAWB, 4 bits, levels with a zero (the SAWB authors' code)
-RELEASED = (12.1, 12.2)  # LUQ's released code
+
+RELEASED = Moments(12.1, 12.2, 1.0)  # LUQ's released code
 
 
 class Sawb4(Quantizer, kind="luq"):
@@ -86,20 +86,27 @@ def _fine_tuning(start: int | None, steps: int, high: float, low: float | None) 
             raise ValueError("fnt_start and lr_final belong to a fine-tuning stage; set fnt_steps to its length")
         return ()
     if start is None or low is None:
-        raise ValueError("fine-tuning needs fnt_start, the length of the 4-bit run in steps, and lr_final, its last "
-                         f"learning rate; got {start} and {low}")  # fmt: skip
+        raise ValueError(
+            "fine-tuning needs fnt_start, the length of the 4-bit run in steps, and lr_final, its last "
+            f"learning rate; got {start} and {low}"
+        )
     return (Stage(start, start + steps, off=("E",), roles=Roles(A=QSpec(FP16)), lr=(low, high)),)
 
 
 @method(
     Card(
-        name="luq", title="Accurate Neural Training with 4-bit Matrix Multiplications at Standard Formats (LUQ)",
-        year=2023, arxiv="2112.10769", area="training",
-        headline=("ImageNet, ResNet-50: 75.42 %, 75.63 % with two samples, 76.18 % after three epochs of fine-tuning; "
-                  "76.5 % float",
-                  "ImageNet, ResNet-18: 69.09 %, 69.24 % with two samples; 69.7 % float",
-                  "WMT En-De, Transformer-base: BLEU 27.17, 27.25 with two samples; 27.5 float"),
-    )  # fmt: skip
+        name="luq",
+        title="Accurate Neural Training with 4-bit Matrix Multiplications at Standard Formats (LUQ)",
+        year=2023,
+        arxiv="2112.10769",
+        area="training",
+        headline=(
+            "ImageNet, ResNet-50: 75.42 %, 75.63 % with two samples, 76.18 % after three epochs of fine-tuning; "
+            "76.5 % float",
+            "ImageNet, ResNet-18: 69.09 %, 69.24 % with two samples; 69.7 % float",
+            "WMT En-De, Transformer-base: BLEU 27.17, 27.25 with two samples; 27.5 float",
+        ),
+    )
 )
 def luq(
     levels: int | Literal["strict"] = 7,
@@ -128,8 +135,7 @@ def luq(
     if not 0 <= eta < 1:
         raise ValueError(f"eta is the weight of the past maximum and lies in [0, 1); got {eta}")
 
-    c = RELEASED if reference else ALIGNED
-    clip = Moments(*c, 1.0)
+    clip = RELEASED if reference else sawb(4, "zero")
     unsigned = Int(4, signed=False)
     weight_grid: Format = Codebook(tuple(map(float, range(-8, 9)))) if reference else Int(4, narrow=True)
     input_grid: Format = Codebook(tuple(map(float, range(-8, 16)))) if reference else Int(4, narrow=True)
@@ -141,8 +147,12 @@ def luq(
         alpha = PowerOfTwo(alpha, "ceil")
     if hindsight:
         alpha = Average(alpha, momentum=eta, before=True)
-    error = QSpec(Log(2.0, 0, top), scale=alpha, rounding="half_away" if rounding == "nearest" else "stochastic",
-                  kind="grid" if rounding == "stochastic" else "rdnp")  # fmt: skip
+    error = QSpec(
+        Log(2.0, 0, top),
+        scale=alpha,
+        rounding="half_away" if rounding == "nearest" else "stochastic",
+        kind="grid" if rounding == "stochastic" else "rdnp",
+    )
 
     return Recipe(
         "luq",

@@ -49,12 +49,17 @@ def _activation(bits: int, clip: float, decay: float) -> QSpec:
 
 @method(
     Card(
-        name="pact", title="PACT: Parameterized Clipping Activation for Quantized Neural Networks", year=2018,
-        arxiv="1805.06085", area="activations",
-        headline=("CIFAR-10, ResNet-20: 89.7 / 91.1 / 91.3 / 91.7 % with 2 / 3 / 4 / 5 bits, 91.6 % float",
-                  "ImageNet, ResNet-18: 64.4 / 68.1 / 69.2 / 69.8 % with 2 / 3 / 4 / 5 bits, 70.2 % float",
-                  "ImageNet, ResNet-50: 72.2 / 75.3 / 76.5 / 76.7 % with 2 / 3 / 4 / 5 bits, 76.9 % float"),
-    )  # fmt: skip
+        name="pact",
+        title="PACT: Parameterized Clipping Activation for Quantized Neural Networks",
+        year=2018,
+        arxiv="1805.06085",
+        area="activations",
+        headline=(
+            "CIFAR-10, ResNet-20: 89.7 / 91.1 / 91.3 / 91.7 % with 2 / 3 / 4 / 5 bits, 91.6 % float",
+            "ImageNet, ResNet-18: 64.4 / 68.1 / 69.2 / 69.8 % with 2 / 3 / 4 / 5 bits, 70.2 % float",
+            "ImageNet, ResNet-50: 72.2 / 75.3 / 76.5 / 76.7 % with 2 / 3 / 4 / 5 bits, 76.9 % float",
+        ),
+    )
 )
 def pact(bits: int = 4, clip: float = 10.0, decay: float = 2e-4, ends: int | None = None) -> Recipe:
     for name, given in (("bits", bits), ("ends", ends)):
@@ -69,6 +74,8 @@ def pact(bits: int = 4, clip: float = 10.0, decay: float = 2e-4, ends: int | Non
     if ends is None:
         return Recipe("pact", roles, rules=float_ends())
     image = QSpec(Int(ends, narrow=True), scale=AbsMax(Int(ends).max))
-    rules = (Rule(where="last", roles=Roles(W=_weight(ends), A=_activation(ends, clip, decay))),
-             Rule(where="first", roles=Roles(W=_weight(ends), A=image)))  # fmt: skip
+    rules = (
+        Rule(where="last", roles=Roles(W=_weight(ends), A=_activation(ends, clip, decay))),
+        Rule(where="first", roles=Roles(W=_weight(ends), A=image)),
+    )
     return Recipe("pact", roles, rules=rules)

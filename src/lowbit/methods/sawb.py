@@ -43,20 +43,36 @@ ROUNDING = 1e-4
 
 @method(
     Card(
-        name="sawb", title="Accurate and Efficient 2-bit Quantized Neural Networks", year=2019,
-        arxiv="1807.06964", area="activations",
-        headline=("2-bit networks come close to full precision, at 2.7 to 3.1 times the speed of wide "
-                  "low-precision networks of the same accuracy",),
-    )  # fmt: skip
+        name="sawb",
+        title="Accurate and Efficient 2-bit Quantized Neural Networks",
+        year=2019,
+        arxiv="1807.06964",
+        area="activations",
+        headline=(
+            "2-bit networks come close to full precision, at 2.7 to 3.1 times the speed of wide "
+            "low-precision networks of the same accuracy",
+        ),
+    )
 )
-def sawb(bits: int = 2, levels: Literal["even", "zero"] = "even", mask: bool = True,
-         activation_bits: int | None = None, clip: float = 10.0, decay: float = 2e-4, fpsc: bool = True,
-         shortcuts: Sequence[str] = SHORTCUTS) -> Recipe:  # fmt: skip
+def sawb(
+    bits: int = 2,
+    levels: Literal["even", "zero"] = "even",
+    mask: bool = True,
+    activation_bits: int | None = None,
+    clip: float = 10.0,
+    decay: float = 2e-4,
+    fpsc: bool = True,
+    shortcuts: Sequence[str] = SHORTCUTS,
+) -> Recipe:
     scale = sawb_scale(bits, levels)
-    weight = QSpec(Even(bits) if levels == "even" else Int(bits, narrow=True), scale=scale,
-                   backward=InRange(margin=ROUNDING) if mask else PassThrough())  # fmt: skip
+    weight = QSpec(
+        Even(bits) if levels == "even" else Int(bits, narrow=True),
+        scale=scale,
+        backward=InRange(margin=ROUNDING) if mask else PassThrough(),
+    )
     base = pact(bits if activation_bits is None else activation_bits, clip, decay)
     names = shortcuts if fpsc else ()
     rules = tuple(Rule(name, type="conv", roles=FLOAT, products=Products()) for name in names)
-    return dataclasses.replace(base, name="sawb", roles=dataclasses.replace(base.roles, W=weight),
-                               rules=rules + base.rules)  # fmt: skip
+    return dataclasses.replace(
+        base, name="sawb", roles=dataclasses.replace(base.roles, W=weight), rules=rules + base.rules
+    )

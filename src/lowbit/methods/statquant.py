@@ -174,8 +174,11 @@ def _recipe(name: str, bits: int, epsilon: float, blocks: Blocks, kind: str, wgr
         return QSpec(grid, blocks, rounding="stochastic", kind=kind, params={"epsilon": epsilon})
 
     byte = Int(8, signed=False)
-    roles = Roles(W=QSpec(byte, scale=MinMax(byte.max, "code")), A=QSpec(byte, scale=MinMax(byte.max, "real")),
-                  E=error(bits, blocks, kind))  # fmt: skip
+    roles = Roles(
+        W=QSpec(byte, scale=MinMax(byte.max, "code")),
+        A=QSpec(byte, scale=MinMax(byte.max, "real")),
+        E=error(bits, blocks, kind),
+    )
     return Recipe(name, roles, Products(grad_w=Product(left=error(8, wgrad, wgrad_kind))))
 
 

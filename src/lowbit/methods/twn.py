@@ -50,10 +50,16 @@ def _smallest_kept(a: Tensor) -> Tensor:
 
 @method(
     Card(
-        name="twn", title="Ternary Weight Networks", year=2016, arxiv="1605.04711", area="weights",
-        headline=("CIFAR-10, VGG-7: 92.56 % ternary, 92.88 % float, 90.18 % binary",
-                  "ImageNet, ResNet-18: 61.8 % ternary, 65.4 % float, 57.5 % binary"),
-    )  # fmt: skip
+        name="twn",
+        title="Ternary Weight Networks",
+        year=2016,
+        arxiv="1605.04711",
+        area="weights",
+        headline=(
+            "CIFAR-10, VGG-7: 92.56 % ternary, 92.88 % float, 90.18 % binary",
+            "ImageNet, ResNet-18: 61.8 % ternary, 65.4 % float, 57.5 % binary",
+        ),
+    )
 )
 def twn(threshold: float = 0.7, blocks: Blocks = PerTensor(), exact: bool = False) -> Recipe:  # noqa: B008
     if not threshold >= 0:

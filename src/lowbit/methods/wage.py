@@ -134,11 +134,14 @@ class WageStart(Step):
 
 @method(
     Card(
-        name="wage", title="Training and Inference with Integers in Deep Neural Networks", year=2018,
-        arxiv="1802.04680", area="training",
+        name="wage",
+        title="Training and Inference with Integers in Deep Neural Networks",
+        year=2018,
+        arxiv="1802.04680",
+        area="training",
         headline=("CIFAR-10, VGG-like, released log: 7.17 % test error over the last ten epochs, 6.89 % at best",),
         training={"optimizer": "sgd", "lr": 8.0, "momentum": 0.0, "weight_decay": 0.0},
-    )  # fmt: skip
+    )
 )
 def wage(
     w_bits: int = 2,

@@ -89,9 +89,7 @@ def _(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int)
 declare("lowbit::chunked_mm", _definition, {"cpu": "C++"})
 
 
-def chunked_mm(
-    a: Tensor, b: Tensor, chunk: int = 64, exponent: int = 6, mantissa: int = 9, bias: int = 31
-) -> Tensor:
+def chunked_mm(a: Tensor, b: Tensor, chunk: int = 64, exponent: int = 6, mantissa: int = 9, bias: int = 31) -> Tensor:
     """a (M, K) times b (K, N), float32, accumulated in chunks in a minifloat; the defaults are the paper's.
 
     Not differentiable: a layer states its three products itself. Slower than `torch.mm` at every size,
@@ -118,9 +116,7 @@ def _check(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias:
         if x.dim() != 2:
             raise ValueError(f"chunked_mm needs matrices, got {name} of shape {tuple(x.shape)}")
     if a.shape[1] != b.shape[0]:
-        raise ValueError(
-            f"chunked_mm needs a (M, K) and b (K, N), got shapes {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"chunked_mm needs a (M, K) and b (K, N), got shapes {tuple(a.shape)} and {tuple(b.shape)}")
     if a.device != b.device:
         raise ValueError(f"chunked_mm needs operands on one device, got {a.device} and {b.device}")
     if chunk <= 0:

@@ -48,9 +48,7 @@ class Block(nn.Module):
         dropout: on the output of each branch.
     """
 
-    def __init__(
-        self, dim: int, heads: int, act: nn.Module, cross: bool = False, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int, heads: int, act: nn.Module, cross: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
@@ -80,8 +78,6 @@ class Block(nn.Module):
         a, _ = self.attention(a, a, a, attn_mask=mask, key_padding_mask=padding, need_weights=False)
         x = x + self.drop1(a)
         if memory is not None:
-            a, _ = self.cross(
-                self.norm2(x), memory, memory, key_padding_mask=memory_padding, need_weights=False
-            )
+            a, _ = self.cross(self.norm2(x), memory, memory, key_padding_mask=memory_padding, need_weights=False)
             x = x + self.drop2(a)
         return x + self.drop3(self.feed_forward(self.norm3(x)))

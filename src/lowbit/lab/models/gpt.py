@@ -38,9 +38,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 1:
-            raise ValueError(
-                f"gpt_tiny takes token windows of shape (block,); got {input_shape}: use a text source"
-            )
+            raise ValueError(f"gpt_tiny takes token windows of shape (block,); got {input_shape}: use a text source")
         check_heads("gpt_tiny", dim, heads)
         (block,) = input_shape
         self.tokens = nn.Embedding(classes, dim)

@@ -61,9 +61,7 @@ class Seq2Seq(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(Block(dim, heads, nn.ReLU(), dropout=dropout) for _ in range(depth))
         self.encoder_norm = nn.LayerNorm(dim)
-        self.decoder = nn.ModuleList(
-            Block(dim, heads, nn.ReLU(), cross=True, dropout=dropout) for _ in range(depth)
-        )
+        self.decoder = nn.ModuleList(Block(dim, heads, nn.ReLU(), cross=True, dropout=dropout) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes, bias=False)
         self.register_buffer("mask", causal_mask(length), persistent=False)
@@ -73,9 +71,7 @@ class Seq2Seq(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.normal_(
-            self.tokens.weight, std=dim**-0.5
-        )  # MultiheadAttention starts as Glorot uniform by itself
+        nn.init.normal_(self.tokens.weight, std=dim**-0.5)  # MultiheadAttention starts as Glorot uniform by itself
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, n) int64 -> (batch, n, dim)."""
@@ -112,7 +108,5 @@ class Seq2Seq(nn.Module):
             ValueError: another shape.
         """
         if x.ndim != 3 or x.shape[1] != 2 or x.shape[2] > len(self.mask):
-            raise ValueError(
-                f"seq2seq was built for (batch, 2, up to {len(self.mask)}) tokens; got {tuple(x.shape)}"
-            )
+            raise ValueError(f"seq2seq was built for (batch, 2, up to {len(self.mask)}) tokens; got {tuple(x.shape)}")
         return self.decode(x[:, 1], *self.encode(x[:, 0]))

@@ -42,9 +42,7 @@ class ViT(nn.Module):
         if patch is None:
             patch = 4 if min(height, width) >= 16 else 2
         if patch < 1 or height % patch or width % patch:
-            raise ValueError(
-                f"vit_tiny: {input_shape} doesn't divide into {patch}x{patch} patches; set patch"
-            )
+            raise ValueError(f"vit_tiny: {input_shape} doesn't divide into {patch}x{patch} patches; set patch")
         tokens = (height // patch) * (width // patch) + 1
         self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
