@@ -78,10 +78,8 @@ def convert(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     items, left = _plan(model, recipe)
     wanted = bool(recipe.roles.named() or any(r.roles and r.roles.named() for r in recipe.rules))
     if wanted and not any(item.quant is not None for item in items):
-        raise ValueError(
-            f"recipe {recipe.name!r} matches no layer of this model: it has none of the kinds "
-            f"{', '.join(recipe.layers)}, or rules leave all in float"
-        )
+        why = "; ".join(f"{entry.name or 'the model'}: {entry.reason}" for entry in left[:3]) or "it has no layer"
+        raise ValueError(f"recipe {recipe.name!r} matches no layer of this model ({why})")
     undo: list[Callable[[], None]] = []
     try:
         _swap(model, recipe, undo)

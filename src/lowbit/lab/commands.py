@@ -550,6 +550,7 @@ def compare(
         line = "lowbit " + shlex.join(_shortened(sys.argv[1:])) if sys.argv[1:2] == ["compare"] else "lowbit compare"
         results = comparing.compare(asked, config, held, numbers, folder, command=line, measure=timing, progress=tell)
     page = report_html.write(results, folder / "report.html")
+    report_html.plot(results, folder / "picture.svg")
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
         write_json(save, comparing.record(results))
