@@ -293,7 +293,17 @@ def test_gradient_checkpointing_changes_no_bit(name, reentrant):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_accelerate(name):
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its settings for the life of the process; another test may have left others."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate(name, fresh_accelerate):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
@@ -319,7 +329,7 @@ def test_accelerate(name):
     assert int(control_of(model).step) == 12
 
 
-def test_trainer(name, tmp_path):
+def test_trainer(name, tmp_path, fresh_accelerate):
     data = batch(name, 8)
     samples = [{k: v[i] for k, v in data.items()} for i in range(8)]
     model = lowbit.apply(make(name), INT8_TRAINING)
