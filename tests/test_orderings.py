@@ -113,12 +113,13 @@ def test_two_samples_halve_the_rounding_variance(errors: dict[str, Tensor]) -> N
 
 
 def test_unbiased_luq_trains_better_than_biased(mnist) -> None:
+    """With three magnitudes, where most gradients underflow; with the default eight both train alike on MNIST."""
     losses = {}
     for rounding in ("stochastic", "nearest"):
         model = build("lenet5", mnist.input_shape, mnist.classes, seed=0)
-        lowbit.apply(model, lowbit.create("luq", rounding=rounding, quantize_ends=True))
-        losses[rounding] = train(model, mnist, 300, lr=0.02)
-    assert losses["stochastic"] < losses["nearest"], losses
+        lowbit.apply(model, lowbit.create("luq", levels=2, rounding=rounding, quantize_ends=True))
+        losses[rounding] = train(model, mnist, 200, lr=0.02)
+    assert losses["stochastic"] < 0.5 * losses["nearest"], losses
 
 
 def test_stochastic_rounding_trains_where_nearest_stalls(mnist) -> None:
@@ -138,11 +139,11 @@ def test_stochastic_rounding_trains_where_nearest_stalls(mnist) -> None:
 
 def test_fp8_sums_need_chunks(errors: dict[str, Tensor]) -> None:
     """Weight gradients sum over samples and pixels; sums of one sign show what a plain 1-6-9 accumulator swallows."""
-    terms = (1 + torch.randn(1, 65_536, generator=torch.Generator().manual_seed(0))).abs()
-    ones = torch.ones(65_536, 1)
+    # terms of mean 1 and standard deviation 1; 64 is the square root of their number, the best chunk
+    terms = lowbit.formats.E5M2.snap(1 + torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)))
     exact = float(terms.double().sum())
-    plain, chunked = (abs(float(chunked_mm(terms, ones, c)) - exact) / exact for c in (65_536, 64))
-    assert plain > 0.5 and chunked < 0.02, (plain, chunked)
+    plain, chunked = (abs(float(chunked_mm(terms, torch.ones(4096, 1), c)) - exact) / exact for c in (4096, 64))
+    assert plain > 0.05 and chunked < 0.005, (plain, chunked)
 
     e = next(iter(errors.values())).transpose(0, 1).flatten(1)  # (channels, samples and pixels)
     a = torch.randn(e.shape[1], 8, generator=torch.Generator().manual_seed(1)).abs()
