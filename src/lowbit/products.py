@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +20,22 @@ __all__ = ["ConvProduct", "ConvTransposeProduct", "LinearProduct", "MatmulProduc
 MM = Callable[[Tensor, Tensor], Tensor]
 
 
-class ProductOps:
-    """Base: `a_shape` and `w_shape` are the shapes of the two forward operands."""
+class ProductOps(Protocol):
+    """What a layer contributes: `a_shape` and `w_shape` are the shapes of the two forward operands."""
 
-    a_shape: torch.Size
-    w_shape: torch.Size
+    @property
+    def a_shape(self) -> torch.Size: ...
+    @property
+    def w_shape(self) -> torch.Size: ...
+    def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor: ...
 
-    def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
-        raise NotImplementedError
+    def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor: ...
 
-    def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
-        raise NotImplementedError
-
-    def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
-        raise NotImplementedError
+    def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearProduct(ProductOps):
+class LinearProduct:
     """`a (..., in)`, `w (out, in)`, `e (..., out)`; with `transposed` the weight is `(in, out)` as in GPT-2."""
 
     a_shape: torch.Size
@@ -63,7 +62,7 @@ class LinearProduct(ProductOps):
 
 
 @dataclasses.dataclass(frozen=True)
-class MatmulProduct(ProductOps):
+class MatmulProduct:
     """`a (..., M, K) @ w (..., K, N)`, batch axes broadcast; both operands are activations."""
 
     a_shape: torch.Size
@@ -92,7 +91,7 @@ class MatmulProduct(ProductOps):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvProduct(ProductOps):
+class ConvProduct:
     """`a (N, C, ...)`, `w (out, C / groups, ...)`; zero padding, 1 to 3 spatial axes."""
 
     a_shape: torch.Size
@@ -179,7 +178,7 @@ class ConvProduct(ProductOps):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvTransposeProduct(ProductOps):
+class ConvTransposeProduct:
     """`a (N, C, ...)`, `w (C, out / groups, ...)`. A transposed convolution is the `grad_a` of a convolution whose
     output is `a`, so its three products are those of that convolution with the operands exchanged."""
 
