@@ -161,7 +161,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
