@@ -656,3 +656,10 @@ def test_failed_step_of_a_recipe_leaves_the_model_as_it_was() -> None:
     assert type(model[0]) is nn.Linear and list(model.state_dict()) == list(before)
     assert torch.equal(model[0].weight, before["0.weight"])
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_half_precision_parameters_that_cannot_hold_the_grid_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+    lowbit.apply(model, lowbit.create("gupta"))
+    with pytest.raises(ValueError, match=r"0: torch.bfloat16 can't hold stored weights of 16 bits"):
+        lowbit.attach(model, torch.optim.SGD(model.parameters(), 0.1))

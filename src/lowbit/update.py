@@ -57,7 +57,8 @@ def attach(model: nn.Module, optimizer: Any) -> Any:
         `optimizer`.
 
     Raises:
-        ValueError: no recipe was applied, an optimizer is attached already, or the recipe needs another optimizer.
+        ValueError: no recipe was applied, an optimizer is attached already, the recipe needs another optimizer, or the
+            type of the parameters can't hold the grid of U.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
@@ -69,6 +70,7 @@ def attach(model: nn.Module, optimizer: Any) -> Any:
     entries = stored(model, control)
     axpy = update.axpy and isinstance(inner, torch.optim.SGD)
     _check_sgd(inner, entries, axpy)
+    _check_types(entries)
     _learned_groups(model, inner)
     hooks = _Hooks(model, control, entries, axpy)
     inner.register_step_pre_hook(hooks.before)
@@ -129,6 +131,17 @@ def _check_sgd(optimizer: torch.optim.Optimizer, entries: list[Stored], axpy: bo
         for name in refused:
             if group[name]:
                 raise ValueError(f"this recipe's update has no {name}; make SGD without it (got {group[name]})")
+
+
+def _check_types(entries: list[Stored]) -> None:
+    """Stored weights must be able to hold their grid."""
+    for entry in entries:
+        grid, kind = entry.slot("U"), entry.param.dtype
+        if grid is not None and kind in (torch.bfloat16, torch.float16) and grid.spec.format.bits > 8:
+            raise ValueError(
+                f"{entry.quant.name}: {kind} can't hold stored weights of {grid.spec.format.bits} bits; keep the model "
+                "in float32 (autocast is fine)"
+            )
 
 
 def _learned_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
