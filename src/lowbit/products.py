@@ -113,20 +113,7 @@ class ConvProduct:
 
     def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
-            like = e.new_empty(1).expand(self.a_shape)
-            return torch.ops.aten.convolution_backward(
-                e,
-                like,
-                w,
-                None,
-                self.stride,
-                self.padding,
-                self.dilation,
-                False,
-                [0] * len(self.stride),
-                self.groups,
-                [True, False, False],
-            )[0]
+            return self._backward(e, e.new_empty(1).expand(self.a_shape), w, [True, False, False])[0]
         # a convolution of the spread-out error with the flipped kernel: K runs over (out channels, kernel)
         kernel = self.w_shape[2:]
         pads: list[int] = []
@@ -146,23 +133,15 @@ class ConvProduct:
 
     def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
-            like = e.new_empty(1).expand(self.w_shape)
-            return torch.ops.aten.convolution_backward(
-                e,
-                a,
-                like,
-                None,
-                self.stride,
-                self.padding,
-                self.dilation,
-                False,
-                [0] * len(self.stride),
-                self.groups,
-                [False, True, False],
-            )[1]
+            return self._backward(e, a, e.new_empty(1).expand(self.w_shape), [False, True, False])[1]
         cols, _ = self._columns(a)  # K runs over (sample, position)
         rows = e.transpose(0, 1).reshape(self.groups, e.shape[1] // self.groups, -1)
         return torch.cat([mm(r, c) for r, c in zip(rows, cols, strict=True)]).reshape(self.w_shape)
+
+    def _backward(self, e: Tensor, a: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor]:
+        """PyTorch's backward; of an operand that is not multiplied only the shape counts."""
+        geometry = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups)
+        return torch.ops.aten.convolution_backward(e, a, w, None, *geometry, wanted)
 
     def _columns(self, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Patches `(groups, N * positions, C / groups * kernel)` and the output's spatial shape."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -531,13 +530,3 @@ def watching(quantizers: list[Quantizer], watch: Callable[[Quantizer, Tensor, Te
     finally:
         for q, old in zip(quantizers, before, strict=True):
             q.watch = old
-
-
-def bits_of(spec: QSpec | None) -> float:
-    """Stored bits of one element; 32 for a tensor in float."""
-    return 32 if spec is None else float(spec.format.bits)
-
-
-def levels_of(fmt: Format) -> float:
-    """log2 of the number of levels; the width a table of bits should show for ternary is 2, its information 1.58."""
-    return math.log2(len(fmt.levels()))
