@@ -26,10 +26,12 @@ TARGET = "0x020a000000000000"  # PyTorch 2.10: the oldest whose stable ABI has p
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 FLAGS.append("-Wno-uninitialized")  # GCC 12 warns of its own avx512fintrin.h
 FLAGS.append(f"-DTORCH_TARGET_VERSION={TARGET}")
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
 # files with these endings, and only these, use instructions that not every CPU has
 ISA_FLAGS = {
     "_avx2": ["-mavx2"],
-    "_avx512": ["-mavx512f"],
+    "_avx512": AVX512,
+    "_avx512vnni": AVX512 + [f"-mavx512{part}" for part in ("vnni", "vbmi", "vbmi2", "bitalg", "vpopcntdq")],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

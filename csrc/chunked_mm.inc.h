@@ -115,5 +115,7 @@ void chunked_mm(const ChunkedMm& job, int64_t column, int64_t row, int64_t row_e
   }
 }
 
+constexpr ChunkedKernels chunked_kernels = {panel_columns, pack_panel, chunked_mm};
+
 }  // namespace
 }  // namespace lowbit

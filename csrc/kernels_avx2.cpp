@@ -5,17 +5,14 @@
 #define LOWBIT_VECTOR_WORDS 1
 #include "vec_avx2.h"
 
-#include "chunked_mm.inc.h"
-#include "uniform.inc.h"
-#endif
+#include "table.inc.h"
 
 namespace lowbit {
 
-#if defined(LOWBIT_X86)
 const Kernels& avx2_kernels() {
-  static constexpr Kernels table = {Vec::name, Vec::lanes, panel_columns, pack_panel, chunked_mm, uniform};
+  static constexpr Kernels table = make_table("avx2");
   return table;
 }
-#endif
 
 }  // namespace lowbit
+#endif

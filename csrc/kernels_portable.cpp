@@ -3,13 +3,12 @@
 
 #include "vec_portable.h"
 
-#include "chunked_mm.inc.h"
-#include "uniform.inc.h"
+#include "table.inc.h"
 
 namespace lowbit {
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels table = {Vec::name, Vec::lanes, panel_columns, pack_panel, chunked_mm, uniform};
+  static constexpr Kernels table = make_table("portable");
   return table;
 }
 

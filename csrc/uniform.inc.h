@@ -64,5 +64,7 @@ void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32
   }
 }
 
+constexpr UniformKernels uniform_kernels = {uniform};
+
 }  // namespace
 }  // namespace lowbit

@@ -9,7 +9,6 @@ namespace {
 
 struct Vec {
   static constexpr int64_t lanes = 8;
-  static constexpr const char* name = "avx2";
   typedef __m256 F;
   struct I { __m256i v; };
 

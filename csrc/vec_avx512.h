@@ -9,7 +9,6 @@ namespace {
 
 struct Vec {
   static constexpr int64_t lanes = 16;
-  static constexpr const char* name = "avx512";
   typedef __m512 F;
   struct I { __m512i v; };
 

@@ -9,7 +9,6 @@ namespace {
 
 struct Vec {
   static constexpr int64_t lanes = 4;
-  static constexpr const char* name = "portable";
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
 

@@ -149,7 +149,8 @@ def cases(number: int) -> list[tuple[Tensor, Tensor, int, tuple[int, int, int]]]
 def test_kernels_equal_the_definition(isa: str) -> None:
     compared = 0
     for a, b, chunk, fmt in cases(120):
-        result = torch.ops.lowbit._chunked_mm_isa(a, b, chunk, *fmt, isa)
+        with backends.using_isa(isa):
+            result = torch.ops.lowbit.chunked_mm(a, b, chunk, *fmt)
         assert same_bits(result, DEFINITION(a, b, chunk, *fmt)), (a.shape, b.shape, chunk, fmt)
         compared += result.numel()
     assert compared > 10000
@@ -255,15 +256,16 @@ def test_uniform_kernels_equal_the_definition(isa: str, key: tuple[int, int, int
     words = torch.tensor(key)
     for shape in [(), (0,), (1,), (7,), (31,), (32,), (1000, 3), (100003,)]:
         expected = backends.definition("lowbit::uniform")(words, shape)
-        assert same_bits(torch.ops.lowbit._uniform_isa(words, shape, isa), expected)
-        assert same_bits(torch.ops.lowbit.uniform(words, shape), expected)
+        with backends.using_isa(isa):
+            assert same_bits(torch.ops.lowbit.uniform(words, shape), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_uniform_known_answer(isa: str) -> None:
     # Random123's kat_vectors: philox4x32, 10 rounds, counter and key 0
     words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    result = torch.ops.lowbit._uniform_isa(torch.tensor([0, 0, 0]), [4], isa)
+    with backends.using_isa(isa):
+        result = torch.ops.lowbit.uniform(torch.tensor([0, 0, 0]), [4])
     assert result.tolist() == [(word >> 8) * 2.0**-24 for word in words]
 
 

@@ -6,15 +6,16 @@ from PyTorch's dispatcher, not from what was meant to be registered.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Backend", "backends", "compiled_isas", "declare", "definition", "load_compiled"]
+__all__ = ["Backend", "backends", "compiled_isas", "declare", "definition", "load_compiled", "using_isa"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DEFINITION = "PyTorch definition"
@@ -78,6 +79,20 @@ def compiled_isas() -> tuple[str, ...]:
     if _load_error is not None:
         return ()
     return tuple(torch.ops.lowbit._isas().split())
+
+
+@contextlib.contextmanager
+def using_isa(isa: str) -> Iterator[None]:
+    """Within the context this process runs the C++ kernels of one instruction set: for tests and benchmarks.
+
+    Raises:
+        RuntimeError: this CPU has no such instruction set.
+    """
+    torch.ops.lowbit._use_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.lowbit._use_isa("")
 
 
 def backends() -> list[Backend]:

@@ -1,0 +1,13 @@
+// The kernels of one instruction set as a table; needs `Vec` and, where its words are vectors, LOWBIT_VECTOR_WORDS.
+#pragma once
+
+#include "chunked_mm.inc.h"
+#include "uniform.inc.h"
+
+namespace lowbit {
+namespace {
+
+constexpr Kernels make_table(const char* name) { return {name, Vec::lanes, uniform_kernels, chunked_kernels}; }
+
+}  // namespace
+}  // namespace lowbit
