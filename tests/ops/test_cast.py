@@ -1,0 +1,442 @@
+"""lowbit::cast and its relatives: the definitions against Format.snap, the kernels against the definitions."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit import formats
+from lowbit.formats import Codebook, Even, Fixed, Float, Format, Int, Log
+from lowbit.ops import backends
+from lowbit.ops.cast import block_absmax, block_minmax, cast, cast_absmax, cast_arguments
+from lowbit.ops.uniform import uniform
+from lowbit.rounding import ROUNDINGS
+from lowbit.scales import AbsMax
+
+ISAS = backends.compiled_isas()
+CAST = backends.definition("lowbit::cast")
+NAMED = {name: getattr(formats, name) for name in formats.__all__}
+FORMATS: dict[str, Format] = {name: fmt for name, fmt in NAMED.items() if isinstance(fmt, Format)} | {
+    "int8": Int(8),
+    "int4 narrow": Int(4, narrow=True),
+    "uint3": Int(3, signed=False),
+    "int1": Int(1),
+    "int26": Int(26),
+    "int32": Int(32),
+    "uint32": Int(32, signed=False),
+    "fixed 4,12": Fixed(4, 12),
+    "fixed -3,8": Fixed(-3, 8),
+    "fixed 60,-52": Fixed(60, -52),
+    "fixed -110,126": Fixed(-110, 126),
+    "even2": Even(2),
+    "even5": Even(5),
+    "even16": Even(16),
+    "float 6,3": Float(6, 3),
+    "float 3,2 high": Float(3, 2, bias=-20, specials="none"),
+    "float 2,22": Float(2, 22),
+    "log2 17 values": Log(2.0, 0, 7),
+    "log2 tiny": Log(2.0, -125, -120),
+    "log2 wide": Log(2.0, -100, 100),
+    "log2 no zero": Log(2.0, -3, 4, zero=False),
+    "log2 by exponent": Log(2.0, -3, 3, nearest="log"),
+    "log sqrt2 by exponent": Log(math.sqrt(2.0), -9, 6, zero=False, nearest="log"),
+    "log unsigned": Log(2.0, -3, 3, signed=False),
+    "log unsigned no zero": Log(3.0, -3, 3, signed=False, zero=False),
+    "radix-4": Log(4.0, -3, 3),
+    "radix-4 second phase": Log(4.0, -3, 3, offset=2.0),
+    "codebook 2": Codebook((-0.3, 0.7)),
+    "codebook 16": Codebook((-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.08, 0.16, 0.25, 0.3, 0.4, 0.6, 0.7, 1.0)),
+    "codebook 33": Codebook(tuple(i * abs(i) / 100 for i in range(-16, 17))),
+    "codebook 256": Codebook(tuple(math.sinh(i / 30) for i in range(-128, 128))),
+}
+PAIRS = [(name, rounding) for name, fmt in FORMATS.items() for rounding in ROUNDINGS if cast_arguments(fmt, rounding)]
+SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45, -1e-45, 1.1e-38, -1.2e-38, 2.0**-126]
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    integer = torch.int8 if x.dtype == torch.int8 else torch.int32
+    return torch.equal(x.contiguous().view(integer), y.contiguous().view(integer))
+
+
+def canonical(x: Tensor) -> Tensor:
+    return x.masked_fill(x.isnan(), math.nan)
+
+
+def inputs(fmt: Format, count: int, generator: torch.Generator) -> Tensor:
+    """Values of all magnitudes, many near the grid, on it and halfway, and the special ones."""
+    spread = torch.randn(count, generator=generator) * torch.exp(4 * torch.randn(count, generator=generator))
+    spread *= fmt.max if fmt.max < 1e30 else 1.0
+    near = (torch.rand(count, generator=generator) * 2 - 1) * fmt.max * 1.2
+    parts = [spread, near, torch.tensor(SPECIAL)]
+    if fmt.bits <= 16 and fmt.max < 1e30:
+        levels = fmt.levels()
+        levels = levels[torch.randperm(len(levels), generator=generator)[: count // 4]].sort().values
+        ties = (levels[1:] + levels[:-1]) / 2
+        halves = torch.cat([levels, ties]).to(torch.float32)
+        parts += [halves, torch.nextafter(halves, halves + 1), torch.nextafter(halves, halves - 1)]
+    else:
+        parts += [torch.randint(-100, 100, (count // 2,), generator=generator) / 2]
+    x = torch.cat(parts).to(torch.float32)
+    return x[torch.randperm(len(x), generator=generator)]
+
+
+def composition(
+    x: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format, rounding: str, u: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Grid and values as a quantizer composes them; scale and zero broadcast."""
+    t = x / scale
+    if zero is not None:
+        t = t + zero
+    grid = fmt.snap(t, rounding, u)
+    q = (grid if zero is None else grid - zero) * scale
+    return canonical(grid), canonical(q)
+
+
+@pytest.mark.parametrize("name, rounding", PAIRS)
+def test_definition_is_snap(name: str, rounding: str) -> None:
+    fmt = FORMATS[name]
+    generator = torch.Generator().manual_seed(3)
+    x = inputs(fmt, 300, generator)
+    key = torch.tensor([4, 5, 6]) if rounding == "stochastic" else None
+    u = None if key is None else uniform(key, x.shape)
+    arguments = cast_arguments(fmt, rounding)
+    assert arguments is not None
+    for scale, zero in [(1.0, None), (0.37, None), (2.0**-20, None), (1.7, 0.3), (1.0, 2.0), (0.0, 1.0)]:
+        s, z = torch.tensor([scale]), None if zero is None else torch.tensor([zero])
+        grid, q = composition(x, s, z, fmt, rounding, u)
+        for drawn in [(key, None), (None, u)] if key is not None else [(None, None)]:
+            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "grid"), grid)
+            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "values"), q)
+
+
+def test_which_formats_have_kernels() -> None:
+    without = {name for name, fmt in FORMATS.items() if cast_arguments(fmt, "half_even") is None}
+    assert without == {"BF16", "E8M0", "log2 wide"}
+    assert cast_arguments(formats.E4M3, "floor") is None
+    assert cast_arguments(Float(5, 2, overflow="native"), "half_even") is None
+    assert cast_arguments(Codebook(tuple(range(257))), "half_even") is None
+    assert cast_arguments(Int(8), "stochastic") == ("int", [-128.0, 127.0, 0.0], None)
+    kind, numbers, table = cast_arguments(Log(2.0, 0, 1, zero=False), "half_up") or ("", [], None)
+    assert (kind, numbers) == ("table", [1.0])
+    assert table is not None and table.tolist() == [[-2, -1, 1, 2], [0, 1, 1, 0], [-1.5, 0, 1.5, 0]]
+
+
+# ---- kernels against definitions -------------------------------------------------------------------------------------
+
+
+def compare(operator: str, isa: str, *args: object) -> Tensor:
+    """Runs a kernel, compares it with the definition (bits, strides), and returns its (first) result."""
+    expected = backends.definition(f"lowbit::{operator}")(*args)
+    with backends.using_isa(isa):
+        got = getattr(torch.ops.lowbit, operator)(*args)
+    first = got if isinstance(got, Tensor) else got[0]
+    for a, b in [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True)):
+        assert a.stride() == b.stride()
+        assert same_bits(a, b), difference(a, b, args)
+    return first
+
+
+def difference(a: Tensor, b: Tensor, args: Sequence[object]) -> str:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{a.dtype} {a.shape} != {b.dtype} {b.shape}"
+    x = args[0]
+    assert isinstance(x, Tensor)
+    if a.shape != x.shape:
+        return f"{a} != {b}"
+    wrong = ~((a == b) & (torch.signbit(a) == torch.signbit(b)) | (a != a) & (b != b))
+    places = wrong.nonzero()
+    at = tuple(places[0].tolist()) if len(places) else ()
+    return f"{len(places)} of {wrong.numel()} differ, first at {at}: x {x[at]}, {a[at]} != {b[at]}; {args[5:]}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_equal_the_definition(name: str, isa: str) -> None:
+    fmt, compared = FORMATS[name], 0
+    generator = torch.Generator().manual_seed(5)
+    key = torch.tensor([7, 8, 9])
+    for rounding in ROUNDINGS:
+        arguments = cast_arguments(fmt, rounding)
+        if arguments is None:
+            continue
+        x = inputs(fmt, 400, generator)
+        stochastic = rounding == "stochastic"
+        u = torch.rand(x.shape, generator=generator)
+        u[:20] = 0.0
+        for scale, zero in [(1.0, None), (0.37, None), (1e-42, None), (1.7, 0.3), (math.inf, None), (0.0, 1.0)]:
+            s, z = torch.tensor([scale]), None if zero is None else torch.tensor([zero])
+            for drawn in [(key, None), (None, u)] if stochastic else [(None, None)]:
+                for result in ("values", "grid"):
+                    compared += compare("cast", isa, x, s, z, *drawn, [0], *arguments, rounding, result).numel()
+                if arguments[0] == "int" and fmt.bits <= 8 and arguments[1][2] == 0 and fmt.max <= 127:
+                    codes = compare("cast", isa, x, s, z, *drawn, [0], *arguments, rounding, "codes")
+                    assert codes.dtype == torch.int8
+    assert compared > 5000 or name in ("BF16", "E8M0")
+
+
+Case = tuple[Tensor, list[int], int]
+
+
+def dense_strides(shape: Sequence[int], kept: Sequence[int]) -> tuple[list[int], int]:
+    """Block strides where the axes `kept` vary from block to block."""
+    strides, blocks = [0] * len(shape), 1
+    for axis in reversed(kept):
+        strides[axis], blocks = blocks, blocks * shape[axis]
+    return strides, blocks
+
+
+def layouts(number: int, seed: int) -> list[Case]:
+    """Tensors of all kinds of strides, cut into blocks in all kinds of ways."""
+    generator = random.Random(seed)
+    made: list[Case] = []
+    for _ in range(number):
+        dim = generator.choice([0, 1, 1, 2, 2, 3, 4, 4, 5])
+        shape = [generator.choice([1, 2, 3, 4, 7, 8, 16, 17, 33, 40, 100][: 11 - 2 * dim + 2]) for _ in range(dim)]
+        if generator.random() < 0.3 and dim:
+            shape[generator.randrange(dim)] *= generator.choice([3, 16, 50])
+        x = torch.randn(shape)
+        how = generator.choice(["plain", "plain", "last", "permuted", "slice", "strided", "expanded"])
+        if how == "last" and dim in (4, 5):
+            x = x.to(memory_format=torch.channels_last if dim == 4 else torch.channels_last_3d)
+        if how == "permuted" and dim:
+            order = generator.sample(range(dim), dim)
+            x = torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(dim)])
+        if how == "slice" and dim:
+            x = torch.randn([n + 3 for n in shape])[tuple(slice(1, n + 1) for n in shape)]
+        if how == "strided" and dim:
+            x = torch.randn([2 * n for n in shape])[tuple(slice(0, None, 2) for _ in shape)]
+        if how == "expanded" and dim:
+            axis = generator.randrange(dim)
+            x = x.narrow(axis, 0, 1).expand(shape)
+        kept = sorted(generator.sample(range(dim), generator.randint(0, dim))) if generator.random() < 0.8 else []
+        strides, blocks = dense_strides(x.shape, kept)
+        if generator.random() < 0.1 and kept and x.shape[kept[0]] > 1:  # overlapping blocks
+            strides[kept[0]] = 1
+            blocks = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+            touched = torch.arange(blocks).as_strided(tuple(x.shape), strides).unique()
+            if len(touched) != blocks:
+                strides, blocks = dense_strides(x.shape, kept)
+        made.append((x, strides, blocks))
+    return made
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_any_strides_and_blocks(isa: str) -> None:
+    torch.manual_seed(1)
+    generator, compared = random.Random(6), 0
+    choices = ["int8", "int4 narrow", "E4M3", "even2", "log2 17 values", "codebook 16"]
+    for x, strides, blocks in layouts(250, 7):
+        fmt = FORMATS[generator.choice(choices)]
+        rounding = generator.choice(["half_even", "stochastic", "stochastic"])
+        arguments = cast_arguments(fmt, rounding)
+        assert arguments is not None
+        scale = torch.rand(blocks) + 0.1
+        zero = torch.rand(blocks) if generator.random() < 0.3 else None
+        key = u = None
+        if rounding == "stochastic":
+            if generator.random() < 0.7:
+                key = torch.tensor([1, 2, 3])
+            else:
+                u = torch.rand(x.shape[::-1]).permute(list(range(x.dim() - 1, -1, -1)))
+        result = generator.choice(["values", "grid", "codes"] if arguments[0] == "int" else ["values", "grid"])
+        compared += compare("cast", isa, x, scale, zero, key, u, strides, *arguments, rounding, result).numel()
+        compare("block_absmax", isa, x, strides, blocks)
+        compare("block_minmax", isa, x, strides, blocks)
+        if u is None:
+            compare("cast_absmax", isa, x, key, strides, blocks, 127.0, *arguments, rounding, result)
+    assert compared > 50000
+
+
+BIG: dict[str, tuple[Tensor, list[int], int]] = {
+    "tensor": (torch.randn(300, 701), [0, 0], 1),
+    "rows": (torch.randn(301, 700), [1, 0], 301),
+    "rows of 10": (torch.randn(20001, 10), [1, 0], 20001),
+    "one long row": (torch.randn(2, 100_003), [1, 0], 2),
+    "columns": (torch.randn(301, 700), [0, 1], 700),
+    "columns of a transposed matrix": (torch.randn(301, 700).t(), [0, 1], 301),
+    "rows of a transposed matrix": (torch.randn(301, 700).t(), [1, 0], 700),
+    "channels": (torch.randn(8, 24, 31, 33), [0, 1, 0, 0], 24),
+    "channels last": (torch.randn(8, 24, 31, 33).to(memory_format=torch.channels_last), [0, 1, 0, 0], 24),
+    "channels last, aligned": (torch.randn(8, 40, 32, 16).to(memory_format=torch.channels_last), [0, 1, 0, 0], 40),
+    "samples, channels last": (torch.randn(8, 24, 31, 33).to(memory_format=torch.channels_last), [1, 0, 0, 0], 8),
+    "groups of 32": (torch.randn(200, 30, 32), [30, 1, 0], 6000),
+    "tiles": (torch.randn(20, 16, 30, 16), [30, 0, 1, 0], 600),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", BIG)
+def test_large_tensors_on_threads(layout: str, isa: str) -> None:
+    x, strides, blocks = BIG[layout]
+    key = torch.tensor([2**40 + 1, 2, 3])
+    arguments = cast_arguments(Int(8, narrow=True), "stochastic")
+    assert arguments is not None
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            scale = compare("block_absmax", isa, x, strides, blocks) / 127
+            compare("block_minmax", isa, x, strides, blocks)
+            compare("cast", isa, x, scale, None, key, None, strides, *arguments, "stochastic", "values")
+            compare("cast_absmax", isa, x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_special_values_in_blocks(isa: str) -> None:
+    arguments = cast_arguments(Int(8, narrow=True), "half_even")
+    assert arguments is not None
+    for special in SPECIAL:
+        for columns in (1, 5, 16, 37, 3000):
+            x = torch.randn(4, columns)
+            x[1] = 0.0
+            x[2, columns // 2] = special
+            x[3] = special
+            for strides, blocks in (([1, 0], 4), ([0, 1], columns), ([0, 0], 1)):
+                compare("block_absmax", isa, x, strides, blocks)
+                compare("block_minmax", isa, x, strides, blocks)
+                for result in ("values", "codes"):
+                    args = (None, strides, blocks, 127.0, *arguments, "half_even", result)
+                    compare("cast_absmax", isa, x, *args)
+
+
+def test_absmax_scale_is_that_of_the_library() -> None:
+    x = torch.randn(6, 50)
+    x[2] = 0.0
+    x[3, 7] = math.nan
+    x[4] = 1e-45
+    arguments = cast_arguments(Int(8, narrow=True), "half_even")
+    assert arguments is not None
+    codes, scale = cast_absmax(x, None, [1, 0], 6, 127.0, *arguments, "half_even")
+    expected, _ = AbsMax(127.0).compute(x)
+    assert torch.equal(scale.view(torch.int32), expected[:, 0].contiguous().view(torch.int32))
+    assert codes.dtype == torch.int8 and codes[2].eq(0).all() and codes[3].eq(0).all()
+    assert codes[0].abs().max() == 127
+    low, high = block_minmax(x, [1, 0], 6)
+    assert torch.equal(block_absmax(x, [1, 0], 6)[:3], torch.maximum(-low, high)[:3])
+
+
+def test_memory_formats_give_the_same_numbers() -> None:
+    x = torch.randn(3, 20, 7, 5)
+    arguments = cast_arguments(formats.E2M1, "stochastic")
+    assert arguments is not None
+    key, scale = torch.tensor([1, 2, 3]), torch.rand(20)
+    rest = (None, key, None, [0, 1, 0, 0], *arguments, "stochastic")
+    plain = cast(x, scale, *rest)
+    last = cast(x.to(memory_format=torch.channels_last), scale, *rest)
+    assert torch.equal(plain, last)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_stochastic_is_unbiased() -> None:
+    x = torch.full((100_000,), 0.3)
+    arguments = cast_arguments(Int(8), "stochastic")
+    assert arguments is not None
+    q = cast(x, torch.tensor([1.0]), None, torch.tensor([0, 1, 2]), None, [0], *arguments, "stochastic")
+    assert abs(q.mean().item() - 0.3) < 6 * math.sqrt(0.21 / len(x))
+
+
+def test_empty() -> None:
+    arguments = cast_arguments(Int(8), "half_even")
+    assert arguments is not None
+    for shape, strides, blocks in [((0,), [0], 1), ((0, 3), [1, 0], 0), ((3, 0), [0, 1], 0)]:
+        x = torch.empty(shape)
+        assert cast(x, torch.ones(blocks), None, None, None, strides, *arguments, "half_even").shape == shape
+        codes, scale = cast_absmax(x, None, strides, blocks, 127.0, *arguments, "half_even")
+        assert codes.shape == shape and scale.shape == (blocks,) and codes.dtype == torch.int8
+
+
+# ---- errors, registration --------------------------------------------------------------------------------------------
+
+
+def bad_calls() -> list[tuple[str, dict[str, object]]]:
+    table = torch.zeros(3, 4, dtype=torch.float64)
+    return [
+        ("float64", {"x": torch.zeros(2, 3, dtype=torch.float64)}),
+        ("9", {"x": torch.zeros([1] * 9), "block_strides": [0] * 9}),
+        ("block stride for each of 2", {"block_strides": [0]}),
+        ("-1", {"block_strides": [0, -1]}),
+        ("block 4", {"block_strides": [2, 1]}),
+        ("scale.*float64", {"scale": torch.ones(2, dtype=torch.float64)}),
+        ("zero.*(3,)", {"zero": torch.ones(3)}),
+        ("exactly one", {"key": torch.tensor([1, 2, 3])}),
+        ("exactly one", {"rounding": "stochastic"}),
+        ("key is int64", {"rounding": "stochastic", "key": torch.tensor([1, 2])}),
+        ("u must be", {"rounding": "stochastic", "u": torch.zeros(3, 2)}),
+        ("half_evn", {"rounding": "half_evn"}),
+        ("itn", {"kind": "itn"}),
+        ("3 numbers", {"numbers": [1.0]}),
+        ("needs a table", {"table": table}),
+        ("needs a table", {"kind": "table", "numbers": [0.0]}),
+        ("float64", {"kind": "table", "numbers": [0.0], "table": table.float()}),
+        ("floor", {"kind": "float", "numbers": [-6.0, 3.0, 448.0, 1.0], "rounding": "floor"}),
+        ("half_even", {"kind": "log2", "numbers": [0.0, 3.0]}),
+        ("no format", {"numbers": [1.0, -1.0, 0.0]}),
+        ("no format", {"kind": "even", "numbers": [17.0]}),
+        ("no format", {"kind": "float", "numbers": [-140.0, 3.0, 448.0, 1.0]}),
+        ("vales", {"result": "vales"}),
+        ("int8", {"numbers": [-128.0, 128.0, 0.0], "result": "codes"}),
+    ]
+
+
+@pytest.mark.parametrize("message, change", bad_calls())
+def test_errors_name_the_value(message: str, change: dict[str, object]) -> None:
+    good: dict[str, object] = {
+        "x": torch.zeros(2, 3),
+        "scale": torch.ones(2),
+        "zero": None,
+        "key": None,
+        "u": None,
+        "block_strides": [1, 0],
+        "kind": "int",
+        "numbers": [-128.0, 127.0, 0.0],
+        "table": None,
+        "rounding": "half_even",
+        "result": "values",
+    }
+    for call in (cast, CAST):
+        with pytest.raises((TypeError, ValueError), match=message.replace("(", r"\(").replace(")", r"\)")):
+            call(**good | change)
+    if ISAS:
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            torch.ops.lowbit.cast(*(good | change).values())
+
+
+def test_denominator_is_checked() -> None:
+    for call in (cast_absmax, backends.definition("lowbit::cast_absmax"), torch.ops.lowbit.cast_absmax):
+        with pytest.raises((RuntimeError, ValueError), match="denominator"):
+            call(torch.zeros(2), None, [0], 1, 0.0, "int", [-1.0, 1.0, 0.0], None, "half_even", "values")
+
+
+CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5, 4)])
+def test_opcheck(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    strides, key = [0, 1] + [0] * (len(shape) - 2), torch.tensor([1, 2, 3])
+    blocks = shape[1]
+    scale = torch.ones(blocks)
+    expected = dict.fromkeys(CHECKS, "SUCCESS")
+    ops = torch.ops.lowbit
+    arguments = cast_arguments(Int(8), "stochastic")
+    table = cast_arguments(Log(4.0, -3, 3), "half_up")
+    assert arguments is not None and table is not None
+    for op, args in [
+        (ops.block_absmax, (x, strides, blocks)),
+        (ops.block_minmax, (x, strides, blocks)),
+        (ops.cast, (x, scale, scale, key, None, strides, *arguments, "stochastic", "codes")),
+        (ops.cast, (x, scale, None, None, None, strides, *table, "half_up", "values")),
+        (ops.cast_absmax, (x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
+    ]:
+        assert torch.library.opcheck(op.default, args, test_utils=CHECKS) == expected
