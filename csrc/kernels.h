@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "chunked_mm.h"
+#include "packing.h"
 #include "uniform.h"
 
 namespace lowbit {
@@ -17,6 +18,7 @@ struct Kernels {
   int64_t lanes;  // float32 numbers in a vector
   UniformKernels uniform;
   ChunkedKernels chunked;
+  PackingKernels packing;
 };
 
 const Kernels& portable_kernels();

@@ -2,12 +2,15 @@
 #pragma once
 
 #include "chunked_mm.inc.h"
+#include "packing.inc.h"
 #include "uniform.inc.h"
 
 namespace lowbit {
 namespace {
 
-constexpr Kernels make_table(const char* name) { return {name, Vec::lanes, uniform_kernels, chunked_kernels}; }
+constexpr Kernels make_table(const char* name) {
+  return {name, Vec::lanes, uniform_kernels, chunked_kernels, packing_kernels};
+}
 
 }  // namespace
 }  // namespace lowbit

@@ -7,10 +7,10 @@ stream, and bit j of the stream is bit j % 8 of byte j // 8. The last byte is fi
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from .ops import pack as ops
 
 __all__ = ["PACKABLE", "pack", "packed_bytes", "unpack"]
 
@@ -53,22 +53,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise TypeError(f"packing needs integer codes; got {codes.dtype}")
-    count = codes.numel()
-    if count:
-        least, most = (int(v) for v in torch.aminmax(codes))
-        if least < 0 or most >= 1 << bits:
-            bad = least if least < 0 else most
-            raise ValueError(f"code {bad} does not fit {bits} unsigned bits; allowed: 0 to {(1 << bits) - 1}")
-    flat = codes.reshape(-1)
+    # the operator tells whether a byte fits; other integers are looked at before they become bytes
+    narrow = codes.element_size() == 1 and bits < 8
+    if not narrow and codes.numel():
+        _check_range(codes, bits)
+    if bits < 8:
+        packed, misfit = ops.pack(codes.view(torch.uint8) if narrow else codes.to(torch.uint8), bits)
+        if narrow and misfit:
+            _check_range(codes, bits)
+        return packed
     if bits == 8:
-        return flat.to(torch.uint8, copy=True)
-    word = math.lcm(bits, 8)  # bits of a group that ends on a byte: 8, 16 or 24
-    group = word // bits  # codes in it
-    flat = torch.nn.functional.pad(flat.to(torch.int32), (0, -count % group)).reshape(-1, group)
-    shifts = torch.arange(0, word, bits, dtype=torch.int32, device=codes.device)
-    words = (flat << shifts).sum(-1, keepdim=True, dtype=torch.int32)
-    shifts = torch.arange(0, word, 8, dtype=torch.int32, device=codes.device)
-    return ((words >> shifts) & 255).to(torch.uint8).reshape(-1)[: packed_bytes(count, bits)].contiguous()
+        return codes.reshape(-1).to(torch.uint8, copy=True)
+    flat = codes.reshape(-1).to(torch.int32)
+    return torch.stack([flat & 255, flat >> 8], -1).to(torch.uint8).reshape(-1)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -92,12 +89,16 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if packed.numel() < need:
         raise ValueError(f"{count} codes of {bits} bits need {need} bytes; got {packed.numel()}")
     flat = packed.reshape(-1)[:need]
+    if bits < 8:
+        return ops.unpack(flat, bits, count)
     if bits == 8:
         return flat.clone()
-    word = math.lcm(bits, 8)
-    flat = torch.nn.functional.pad(flat.to(torch.int32), (0, -need % (word // 8))).reshape(-1, word // 8)
-    shifts = torch.arange(0, word, 8, dtype=torch.int32, device=packed.device)
-    words = (flat << shifts).sum(-1, keepdim=True, dtype=torch.int32)
-    shifts = torch.arange(0, word, bits, dtype=torch.int32, device=packed.device)
-    codes = ((words >> shifts) & ((1 << bits) - 1)).reshape(-1)[:count]
-    return codes.to(torch.uint8) if bits < 8 else codes.contiguous()
+    low, high = flat.to(torch.int32).reshape(-1, 2).unbind(-1)
+    return low + (high << 8)
+
+
+def _check_range(codes: Tensor, bits: int) -> None:
+    least, most = (int(v) for v in torch.aminmax(codes))
+    if least < 0 or most >= 1 << bits:
+        bad = least if least < 0 else most
+        raise ValueError(f"code {bad} does not fit {bits} unsigned bits; allowed: 0 to {(1 << bits) - 1}")
