@@ -103,13 +103,19 @@ bool pack(const uint8_t* codes, uint8_t* packed, int64_t count) {
   }
   misfit |= !_mm256_testz_si256(wrong, wrong);
 #endif
-  for (; i < count; i += 8, packed += Bits) {
-    uint64_t w = 0;
-    const int64_t left = count - i;
-    memcpy(&w, codes + i, left < 8 ? size_t(left) : 8);
+  for (; i + 8 <= count; i += 8, packed += Bits) {
+    uint64_t w;
+    memcpy(&w, codes + i, 8);
     misfit |= w & above;
     w = compress<Bits>(w);
-    memcpy(packed, &w, left < 8 ? size_t(left * Bits + 7) / 8 : Bits);
+    memcpy(packed, &w, Bits);
+  }
+  if (i < count) {
+    uint64_t w = 0;
+    memcpy(&w, codes + i, size_t(count - i));
+    misfit |= w & above;
+    w = compress<Bits>(w);
+    memcpy(packed, &w, size_t((count - i) * Bits + 7) / 8);
   }
   return misfit != 0;
 }
@@ -139,12 +145,17 @@ void unpack(const uint8_t* packed, uint8_t* codes, int64_t count) {
     _mm256_storeu_si256((__m256i*)(codes + i), (__m256i)expand<Bits>((Words4)_mm256_shuffle_epi8(bytes, scatter)));
   }
 #endif
-  for (; i < count; i += 8, packed += Bits) {
+  for (; i + 8 <= count; i += 8, packed += Bits) {
     uint64_t w = 0;
-    const int64_t left = count - i;
-    memcpy(&w, packed, left < 8 ? size_t(left * Bits + 7) / 8 : Bits);
+    memcpy(&w, packed, Bits);
     w = expand<Bits>(w);
-    memcpy(codes + i, &w, left < 8 ? size_t(left) : 8);
+    memcpy(codes + i, &w, 8);
+  }
+  if (i < count) {
+    uint64_t w = 0;
+    memcpy(&w, packed, size_t((count - i) * Bits + 7) / 8);
+    w = expand<Bits>(w);
+    memcpy(codes + i, &w, size_t(count - i));
   }
 }
 

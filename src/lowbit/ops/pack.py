@@ -1,7 +1,7 @@
 """Codes of 1, 2, 3, 4 or 6 bits as one stream of bits: what `lowbit.packing` is made of.
 
-Least significant bit first: code i occupies the bits i*bits ... (i+1)*bits - 1 of the stream, bit j of the stream is bit
-j % 8 of byte j // 8, and the last byte is filled up with zeros. Eight codes fill `bits` whole bytes.
+Least significant bit first: code i occupies the bits i*bits ... (i+1)*bits - 1 of the stream, bit j of the stream is
+bit j % 8 of byte j // 8, and the last byte is filled up with zeros. Eight codes fill `bits` whole bytes.
 """
 
 from __future__ import annotations
