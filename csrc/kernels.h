@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "chunked_mm.h"
+#include "hadamard.h"
 #include "packing.h"
 #include "uniform.h"
 
@@ -18,6 +19,7 @@ struct Kernels {
   int64_t lanes;  // float32 numbers in a vector
   UniformKernels uniform;
   ChunkedKernels chunked;
+  HadamardKernels hadamard;
   PackingKernels packing;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunked_mm.inc.h"
+#include "hadamard.inc.h"
 #include "packing.inc.h"
 #include "uniform.inc.h"
 
@@ -9,7 +10,7 @@ namespace lowbit {
 namespace {
 
 constexpr Kernels make_table(const char* name) {
-  return {name, Vec::lanes, uniform_kernels, chunked_kernels, packing_kernels};
+  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels, packing_kernels};
 }
 
 }  // namespace
