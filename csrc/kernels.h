@@ -9,6 +9,7 @@
 
 #include "chunked_mm.h"
 #include "hadamard.h"
+#include "lowmm.h"
 #include "packing.h"
 #include "uniform.h"
 
@@ -20,6 +21,7 @@ struct Kernels {
   UniformKernels uniform;
   ChunkedKernels chunked;
   HadamardKernels hadamard;
+  LowmmKernels lowmm;
   PackingKernels packing;
 };
 

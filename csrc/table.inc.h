@@ -3,6 +3,7 @@
 
 #include "chunked_mm.inc.h"
 #include "hadamard.inc.h"
+#include "lowmm.inc.h"
 #include "packing.inc.h"
 #include "uniform.inc.h"
 
@@ -10,7 +11,7 @@ namespace lowbit {
 namespace {
 
 constexpr Kernels make_table(const char* name) {
-  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels, packing_kernels};
+  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels, lowmm_kernels, packing_kernels};
 }
 
 }  // namespace
