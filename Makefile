@@ -11,12 +11,21 @@ TEST_TIMEOUT ?= 240
 DEMO_METHODS := fp32,int8,fp8,luq,psq,lsq,pact,dorefa,twn
 DEMO_FLAGS := --data digits --out runs/demo --open-report no
 
-.PHONY: help demo test lint docs slow tables clean .venv
+# what the sanitizers' run-time library needs before anything else is loaded
+ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
+ASAN_FUZZ ?= 5000
+# `make wheel-check PY=...`: the Python that installs the wheel
+PY ?= python3.12
+
+.PHONY: help demo test lint docs slow bench asan wheel wheel-check tables clean .venv
 
 help:
 	@echo "make demo    FP32 and eight methods on the embedded digits: a table and runs/demo/report.html"
 	@echo "make test    lint, types and the whole test suite"
 	@echo "make slow    the slow tests, on the real data of DATA=$(DATA)"
+	@echo "make bench   the speed table into results/speed.json and docs/speed.md, minutes"
+	@echo "make asan    the kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make wheel   dist/lowbit-*.whl;  make wheel-check PY=python3.12 tries it in a fresh environment"
 	@echo "make lint | docs | tables | clean"
 
 .venv: $(STAMP)
@@ -47,6 +56,45 @@ docs: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --data $(DATA)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/speed.py --save results/speed.json
+	$(BIN)/lowbit tables
+
+# a build of its own in build/asan; the one that is installed stays. Memory that lives until the process ends is no leak
+# in Python, hence detect_leaks=0.
+asan: $(STAMP)
+	rm -rf build/asan
+	$(BIN)/python setup.py -q build --build-lib build/asan/lib --build-temp build/asan/objects build_ext --sanitize
+	PYTHONPATH=build/asan/lib LD_PRELOAD=$(ASAN_PRELOAD) ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -s -p no:cacheprovider \
+	  tests/ops tests/test_fuzz.py --fuzz $(ASAN_FUZZ)
+
+wheel: $(STAMP)
+	rm -rf dist build/lib.* build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation
+
+# torch for another Python is downloaded, with what it depends on
+wheel-check: wheel
+	rm -rf build/wheel-check
+	$(PY) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install -q -c constraints.txt torch numpy dist/lowbit-*.whl
+	cd build/wheel-check && bin/python -c "$$WHEEL_CHECK"
+
+define WHEEL_CHECK
+import sys, torch, lowbit
+from lowbit.ops.chunked import chunked_mm
+from lowbit.rng import uniform
+model = lowbit.apply(torch.nn.Linear(64, 8), lowbit.create("int8"))
+model(uniform((4, 64))).sum().backward()
+assert chunked_mm(torch.ones(1, 4096), torch.ones(4096, 1)).item() == 4096
+assert model.weight.grad.isfinite().all()
+print(lowbit.__file__, "Python", sys.version.split()[0], "PyTorch", torch.__version__)
+for row in lowbit.backends():
+    print(row.operator, row.device, row.implementation, "active" if row.active else row.reason, sep=" | ")
+assert all(row.active for row in lowbit.backends() if row.implementation.startswith("C++"))
+endef
+export WHEEL_CHECK
 
 # the tables of README.md and docs/ from results/*.json and the registry
 tables: $(STAMP)

@@ -33,6 +33,7 @@ ISA_FLAGS = {
     "_avx512": AVX512,
     "_avx512vnni": AVX512 + [f"-mavx512{part}" for part in ("vnni", "vbmi", "vbmi2", "bitalg", "vpopcntdq")],
 }
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 try:
@@ -65,10 +66,19 @@ class BuildFailed(Exception):
 class build_kernels(build_ext):
     """Compiles where it can, and records the outcome beside the library."""
 
+    user_options = [*build_ext.user_options, ("sanitize", None, "with the address and undefined-behaviour sanitizers")]
+    boolean_options = [*build_ext.boolean_options, "sanitize"]
     reason: str | None = None  # why there are no kernels
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
 
     def finalize_options(self) -> None:
         super().finalize_options()
+        for ext in self.extensions if self.sanitize else ():
+            ext.extra_compile_args += SANITIZE
+            ext.extra_link_args += SANITIZE
         self.force = True  # flags, compiler or PyTorch may have changed; the sources compile in seconds
 
     def run(self) -> None:

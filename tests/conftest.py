@@ -17,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(DEFAULT_DATA),
         help="folder of the real data sets that slow tests use",
     )
+    parser.addoption(
+        "--fuzz",
+        metavar="N",
+        type=int,
+        default=100_000,
+        help="random cases of tests/test_fuzz.py, all operators together",
+    )
 
 
 @pytest.fixture(scope="session")

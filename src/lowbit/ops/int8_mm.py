@@ -39,7 +39,7 @@ def _(a: Tensor, b: Tensor, split: int) -> Tensor:
     _check(a, b, split)
     (m, depth), n = a.shape, b.shape[1]
     if 0 in (m, n, depth):
-        return a.new_zeros(m, n, dtype=torch.int32)
+        return a.new_zeros(m, n, dtype=torch.int32 if depth <= split else torch.int64)
     if depth <= split:
         return torch._int_mm(_rows(a), _rows(b))
     total = torch.zeros(m, n, dtype=torch.int64)

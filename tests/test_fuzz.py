@@ -1,0 +1,204 @@
+"""Every kernel against its definition on random cases: shapes with tails and zeros, strides, unaligned storage, special
+values, one and two threads, every instruction set of this CPU.
+
+A case is one set of random arguments. The definition answers once; the operator must give the same bits with every
+instruction set (any two NaNs are the same). An operator with a kernel and no generator here fails, so a new one brings
+its own:
+
+    @generator("lowbit::name")
+    def _(r: Draw) -> tuple: return the operator's arguments, from `r`
+
+`--fuzz N` is the number of cases of all operators together. Case i of an operator is the same in every run.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.ops import backends
+from lowbit.ops.int8_mm import SAFE
+
+pytestmark = pytest.mark.slow
+
+OPERATORS = sorted(
+    {row.operator for row in backends.backends() if row.device == "cpu" and row.implementation != "PyTorch definition"}
+)
+GENERATORS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {}
+ISAS = backends.compiled_isas()
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+LARGEST = torch.finfo(torch.float32).max
+SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), LARGEST, -3.4e38, 1e-45, -1e-40, 1.1754944e-38)
+MINIFLOATS = ((6, 9, 31), (4, 3, 7), (5, 2, 15), (5, 10, 15), (2, 1, 1), (2, 22, 127), (8, 7, 127), (8, 22, 127))
+
+
+def generator(name: str) -> Callable[[Callable[[Draw], tuple[Any, ...]]], Callable[[Draw], tuple[Any, ...]]]:
+    def register(function: Callable[[Draw], tuple[Any, ...]]) -> Callable[[Draw], tuple[Any, ...]]:
+        GENERATORS[name] = function
+        return function
+
+    return register
+
+
+class Draw(random.Random):
+    """Random sizes, values and layouts."""
+
+    def __init__(self, operator: str, case: int) -> None:
+        super().__init__(zlib.crc32(operator.encode()) << 32 | case)
+        self.torch = torch.Generator().manual_seed(self.getrandbits(62))
+
+    def chance(self, p: float) -> bool:
+        return self.random() < p
+
+    def size(self, largest: int = 65, least: int = 0) -> int:
+        """Mostly a size near a vector's length, otherwise any."""
+        fitting = [n for n in SIZES if least <= n <= largest]
+        return self.choice(fitting) if self.chance(0.7) else self.randint(least, largest)
+
+    def key(self) -> Tensor:
+        """(seed, stream, step), small or of 64 bits, sometimes with a stride."""
+        words = [self.choice((self.randint(0, 9), self.randint(-(2**63), 2**63 - 1), -1)) for _ in range(3)]
+        return self.laid_out(torch.tensor(words))
+
+    def floats(self, *shape: int) -> Tensor:
+        """float32 of one of several kinds: normal, of many magnitudes, ties, constant, special values in between."""
+        kind = self.randrange(6)
+        x = torch.randn(shape, generator=self.torch)
+        if kind == 1:
+            x = x * torch.exp(8 * torch.randn(shape, generator=self.torch))
+        elif kind == 2:
+            x = (8 * x).round() / 2
+        elif kind == 3:
+            x = torch.full(shape, self.choice((0.0, 1.0, -0.37, 1e-38, 3e38)))
+        else:
+            x = x * 10.0 ** self.uniform(-12, 12)
+        if self.chance(0.25) and x.numel():
+            flat = x.view(-1)
+            for _ in range(self.randint(1, 4)):
+                flat[self.randrange(len(flat))] = self.choice(SPECIAL)
+        return self.laid_out(x)
+
+    def codes(self, *shape: int, low: int = -128, high: int = 127, dtype: torch.dtype = torch.int8) -> Tensor:
+        """Integers from `low` to `high`, sometimes only the two ends."""
+        x = torch.randint(low, high + 1, shape, generator=self.torch, dtype=dtype)
+        if self.chance(0.1):
+            x = torch.where(x > (low + high) / 2, high, low).to(dtype)
+        return self.laid_out(x)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """The same values in a random place of memory: contiguous, at an odd offset, permuted, with gaps, expanded."""
+        kind = self.randrange(8)
+        if kind == 0 or kind == 1:
+            offset = self.randint(1, 9)
+            return torch.empty(offset + x.numel(), dtype=x.dtype)[offset:].view(x.shape).copy_(x)
+        if kind == 2 and x.dim() > 1:
+            order = self.sample(range(x.dim()), x.dim())
+            back = [order.index(i) for i in range(x.dim())]
+            return x.permute(order).contiguous().permute(back)
+        if kind == 3 and x.dim() > 0:
+            gaps = [self.randint(1, 3) for _ in x.shape]
+            wide = torch.empty([n * g for n, g in zip(x.shape, gaps, strict=True)], dtype=x.dtype)
+            return wide[tuple(slice(None, None, g) for g in gaps)].copy_(x)
+        if kind == 4 and x.dim() > 0 and 0 not in x.shape and self.chance(0.5):
+            d = self.randrange(x.dim())
+            return x.narrow(d, 0, 1).expand(x.shape)
+        return x
+
+
+@generator("lowbit::uniform")
+def _(r: Draw) -> tuple[Any, ...]:
+    if r.chance(0.01):
+        return r.key(), [r.randint(30_000, 70_000)]  # more than one thread's share
+    return r.key(), [r.size(33) for _ in range(r.randint(0, 3))]
+
+
+@generator("lowbit::chunked_mm")
+def _(r: Draw) -> tuple[Any, ...]:
+    m, k, n = r.size(33), r.size(24), r.size(33)
+    if r.chance(0.01):
+        m, k, n = r.randint(60, 130), r.randint(10, 30), r.randint(60, 130)
+    chunk = r.choice((1, 2, 3, 7, 8, 64, 1000))
+    return r.floats(m, k), r.floats(k, n), chunk, *r.choice(MINIFLOATS)
+
+
+@generator("lowbit::int8_mm")
+def _(r: Draw) -> tuple[Any, ...]:
+    m, k, n = r.size(), r.size(), r.size()
+    if r.chance(0.01):
+        m, k, n = (r.randint(100, 200) for _ in range(3))
+    return r.codes(m, k), r.codes(k, n), r.choice((SAFE, SAFE, 1, 3, 16, 64))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    for x in value if isinstance(value, Sequence) else [value]:
+        assert isinstance(x, Tensor)
+        yield x
+
+
+def same(result: Any, expected: Any) -> bool:
+    """Equal type, shape and bits, but for the bits of NaNs."""
+    pairs = list(zip(tensors(result), tensors(expected), strict=True))
+    return all(x.dtype == y.dtype and x.shape == y.shape and _same_bits(x, y) for x, y in pairs)
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.contiguous().view(as_integer), y.contiguous().view(as_integer)
+    return torch.equal(*bits) or bool(((bits[0] == bits[1]) | (x.isnan() & y.isnan())).all())
+
+
+def shown(arguments: tuple[Any, ...]) -> str:
+    """Arguments for a message: shapes and strides of tensors."""
+    parts = []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            parts.append(f"{a.dtype}{list(a.shape)} strides {list(a.stride())} offset {a.storage_offset()}")
+        else:
+            parts.append(repr(a))
+    return ", ".join(parts)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_equal_their_definition(
+    operator: str, threads: None, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert operator in GENERATORS, f"{operator} has a kernel and no generator of random cases in {__file__}"
+    count = -(-int(request.config.getoption("--fuzz")) // len(OPERATORS))
+    definition = backends.definition(operator)
+    kernel = getattr(torch.ops.lowbit, operator.partition("::")[2])
+    elements = 0
+    for case in range(count):
+        if case % 500 == 0:
+            torch.set_num_threads(1 + case // 500 % 2)
+        arguments = GENERATORS[operator](Draw(operator, case))
+        expected = definition(*arguments)
+        for isa in ISAS:
+            with backends.using_isa(isa):
+                result = kernel(*arguments)
+            where = f"case {case} of {operator}, {isa}, {torch.get_num_threads()} threads"
+            assert same(result, expected), f"{where}: {shown(arguments)}\n{result}\n{expected}"
+        elements += sum(x.numel() for x in tensors(expected))
+    with capsys.disabled():
+        print(f"\n{operator}: {count} cases, {elements} results, each with {', '.join(ISAS)}")
+    assert elements >= 10 * count  # most cases are not empty
+
+
+def test_every_generator_has_an_operator() -> None:
+    assert set(GENERATORS) == set(OPERATORS)
