@@ -27,6 +27,7 @@ from lowbit import (
     QSpec,
     Static,
 )
+from lowbit.blocks import Blocked
 from lowbit.formats import MXINT8
 from lowbit.quantizer import Quantizer
 
@@ -205,7 +206,7 @@ def tracked(how) -> Quantizer:
 
 
 def used(q: Quantizer, peak: float) -> float:
-    return float(q.scale_for(torch.tensor([[peak, -peak / 2]]))[0]) * 127
+    return float(q.scale_for(Blocked(torch.tensor([[peak, -peak / 2]])))[0]) * 127
 
 
 def test_average():
@@ -262,7 +263,7 @@ def test_a_batch_that_overflowed_leaves_no_trace(how):
     used(q, 1.0)
     before = q.tracked.clone()
     x = torch.tensor([[math.inf, 1.0]])
-    scale = q.scale_for(x)[0]
+    scale = q.scale_for(Blocked(x))[0]
     assert how.before or not scale.isfinite().all()
     assert torch.equal(q.tracked, before) and int(q.seen) == 1
     assert math.isfinite(used(q, 1.0))
@@ -270,9 +271,9 @@ def test_a_batch_that_overflowed_leaves_no_trace(how):
 
 def test_a_number_of_blocks_that_changes_is_refused():
     q = tracked(Average(AbsMax(127)))
-    q.scale_for(torch.randn(3, 4))
+    q.scale_for(Blocked(torch.randn(3, 4)))
     with pytest.raises(ValueError, match="layer.A: Average has tracked 3 blocks and now sees 2"):
-        q.scale_for(torch.randn(2, 4))
+        q.scale_for(Blocked(torch.randn(2, 4)))
 
 
 def test_learned_starts_as_lsq_does():

@@ -18,6 +18,7 @@ from .ops.backends import Backend, backends
 from .quantizer import QSpec, QTensor, Quantizer
 from .recipe import (
     Chunked,
+    Float32,
     Int32,
     Keep,
     LossScale,
@@ -62,6 +63,7 @@ __all__ = [
     "History",
     "InRange",
     "Int",
+    "Float32",
     "Int32",
     "Keep",
     "Learned",

@@ -1,6 +1,7 @@
 """Accumulators: how the sums inside a product are carried out.
 
-- None: PyTorch's float operator on grid values (float32 sums, float64 for float64 operands).
+- `Float32`, and None where `integer.py` does not take the product: PyTorch's float operator on grid values (float32
+  sums, float64 for float64 operands).
 - `Chunked`: a low-precision float accumulator, rounded after every addition.
 - `Int32`: the product runs on integer codes with int32 sums; the scales are applied to the result. Both operands need
   integer grids without a zero point, and scales that are constant along the summed axis.
@@ -20,7 +21,7 @@ from .ops.chunked import chunked_mm
 from .ops.int8_mm import int8_mm
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import Quantizer
-from .recipe import Chunked, Int32
+from .recipe import Chunked, Float32, Int32
 
 __all__ = ["Operand", "multiply"]
 
@@ -36,7 +37,7 @@ class Operand:
 
 
 def multiply(
-    ops: ProductOps, which: str, accumulator: Chunked | Int32 | None, left: Operand, right: Operand, name: str
+    ops: ProductOps, which: str, accumulator: Chunked | Int32 | Float32 | None, left: Operand, right: Operand, name: str
 ) -> Tensor:
     """Product `which` (out, grad_a, grad_w) of two operands.
 
@@ -44,7 +45,7 @@ def multiply(
         ValueError: an operand that the accumulator can't take.
     """
     function = getattr(ops, which)
-    if accumulator is None or not left.values.numel() or not right.values.numel():
+    if accumulator is None or isinstance(accumulator, Float32) or not left.values.numel() or not right.values.numel():
         return function(left.values, right.values)
     if isinstance(accumulator, Chunked):
         fmt = accumulator.format

@@ -17,7 +17,7 @@ differentiates through the rounding or through a scale that comes from statistic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ __all__ = ["Backward", "Coded", "InRange", "LearnedClip", "LearnedStep", "PassTh
 class Coded:
     """A tensor in blocks, on the grid: real = scale * (grid - zero)."""
 
-    grid: Tensor
-    """Grid values `(blocks, n)`, floating point."""
+    source: Tensor | Callable[[], Tensor]
+    """Grid values `(blocks, n)`, floating point, or what makes them: a fused cast leaves real values only."""
     scale: Tensor
     """Step `(blocks, 1)`, or any shape that broadcasts against the grid."""
     format: Format
@@ -44,6 +44,11 @@ class Coded:
     """What else decoding needs, by name."""
     divisor: Tensor | None = None
     """What the tensor was divided by for good, where the method drops a scale: scale * grid is near x / divisor."""
+
+    @property
+    def grid(self) -> Tensor:
+        """Grid values `(blocks, n)`, floating point."""
+        return self.source() if callable(self.source) else self.source
 
 
 def as_output(x: Tensor) -> Tensor:
@@ -84,6 +89,7 @@ class _Step(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, grid, step)
         ctx.bounds = low, high, gain
+        ctx.shape = learned.shape
         return as_output(q)
 
     @staticmethod
@@ -95,7 +101,7 @@ class _Step(torch.autograd.Function):
         inside = (z > low) & (z < high)
         # section 2 of the paper: round(z) - z inside, the bound itself outside; outside, `grid` is the bound
         slope = torch.where(inside, grid - z, grid)
-        return grad * inside, None, None, None, (grad * slope).sum(-1, keepdim=True) * gain, None, None, None
+        return grad * inside, None, None, None, _by_block(grad * slope, ctx.shape) * gain, None, None, None
 
 
 class _Clip(torch.autograd.Function):
@@ -103,7 +109,8 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, clip: Tensor) -> Tensor:
-        ctx.save_for_backward(x, clip)
+        ctx.save_for_backward(x, clip.reshape(()) if clip.numel() == 1 else clip)
+        ctx.shape = clip.shape
         return as_output(q)
 
     @staticmethod
@@ -111,7 +118,12 @@ class _Clip(torch.autograd.Function):
         x, clip = ctx.saved_tensors
         (grad,) = grads
         above = x >= clip
-        return grad * ((x >= 0) & ~above), None, (grad * above).sum(-1, keepdim=True)
+        return grad * ((x >= 0) & ~above), None, _by_block(grad * above, ctx.shape)
+
+
+def _by_block(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sums over the blocks `(blocks, n)`, or over all of a tensor of any shape that is one block."""
+    return x.sum().reshape(shape) if shape.numel() == 1 else x.sum(-1, keepdim=True)
 
 
 def straight_through(x: Tensor, q: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -124,9 +136,12 @@ class Backward:
 
     learns = False
     """Whether the rule has a gradient for a `Learned` scale."""
+    by_block = True
+    """Whether the rule looks at scales or bounds; then it sees blocks `(blocks, n)`, or any shape if there is one block
+    and its scale and zero point are scalars. Otherwise it sees the tensor in its own shape."""
 
     def connect(self, x: Tensor, q: Tensor, coded: Coded, learned: Tensor | None, gain: float) -> Tensor:
-        """`q (blocks, n)` with its place in the graph; `learned (blocks, 1)` is the trained parameter of a `Learned`
+        """`q`, like `x`, with its place in the graph; `learned (blocks, 1)` is the trained parameter of a `Learned`
         scale, `gain` multiplies its gradient."""
         raise TypeError(f"{type(self).__name__} has no connection")
 
@@ -134,6 +149,8 @@ class Backward:
 @spec
 class PassThrough(Backward):
     """The identity everywhere, for clipped elements too."""
+
+    by_block = False
 
     def connect(self, x: Tensor, q: Tensor, coded: Coded, learned: Tensor | None, gain: float) -> Tensor:
         return straight_through(x, q)

@@ -15,15 +15,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops.cast import block_absmax, block_minmax
 from .serial import spec
 
-__all__ = ["Blocks", "Layout", "PerAxis", "PerChannel", "PerGroup", "PerRow", "PerSample", "PerTensor", "PerTile"]
+__all__ = [
+    "Blocked",
+    "Blocks",
+    "Layout",
+    "PerAxis",
+    "PerChannel",
+    "PerGroup",
+    "PerRow",
+    "PerSample",
+    "PerTensor",
+    "PerTile",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,15 @@ def _view(x: Tensor, kept: list[int]) -> Tensor:
     return x.reshape(count, math.prod(x.shape[len(kept) :]))
 
 
+def _strides(shape: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """What one step along each axis adds to the number of the block; blocks are numbered row by row."""
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(kept):
+        strides[axis] = step
+        step *= shape[axis]
+    return strides
+
+
 def _unview(b: Tensor, shape: torch.Size, kept: list[int]) -> Tensor:
     order = kept + [d for d in range(len(shape)) if d not in kept]
     if order == list(range(len(shape))):
@@ -87,6 +109,11 @@ class Blocks:
 
     def unview(self, b: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
         return _unview(b, shape, self.kept(len(shape), layout))
+
+    def strides(self, x: Tensor, layout: Layout) -> tuple[Tensor, list[int]] | None:
+        """A view of `x`, elements in the same order, and one number an axis of it: the block of element (i, j, ...) is
+        the sum of i, j, ... times these. None where padding is needed."""
+        return x, _strides(x.shape, self.kept(x.ndim, layout))
 
 
 @spec
@@ -163,6 +190,16 @@ class PerGroup(Blocks):
         b = b.reshape(*moved[:rest], n + -n % self.size)[..., :n].reshape(moved)
         return b.permute([order.index(d) for d in range(len(shape))])
 
+    def strides(self, x: Tensor, layout: Layout) -> tuple[Tensor, list[int]] | None:
+        order, rest = self._order(x.ndim, layout)
+        last = order[-1]
+        if not x.ndim or x.shape[last] % self.size:
+            return None
+        counts = [n // self.size if d == last else n for d, n in enumerate(x.shape)]
+        inside: list[int] = _strides([counts[d] for d in order], range(len(order)))
+        strides = [inside[order.index(d)] for d in range(x.ndim)]
+        return x.unflatten(last, (-1, self.size)), [*strides[: last + 1], 0, *strides[last + 1 :]]
+
 
 @spec
 class PerTile(Blocks):
@@ -191,3 +228,69 @@ class PerTile(Blocks):
         m, n, pm, pn = self._sizes(shape)
         b = b.reshape(pm // self.rows, pn // self.cols, self.rows, self.cols).transpose(1, 2)
         return b.reshape(pm, pn)[:m, :n].reshape(shape)
+
+    def strides(self, x: Tensor, layout: Layout) -> tuple[Tensor, list[int]] | None:
+        if x.ndim != 2 or x.shape[0] % self.rows or x.shape[1] % self.cols:
+            return None
+        tiles = x.shape[1] // self.cols
+        return x.unflatten(1, (-1, self.cols)).unflatten(0, (-1, self.rows)), [tiles, 0, 1, 0]
+
+
+class Blocked:
+    """A tensor in blocks: `matrix` is `(blocks, n)`, one block a row; the statistics that scales are made of come
+    without a copy, whatever the order of the elements in memory. `x` is detached."""
+
+    def __init__(self, x: Tensor, blocks: Blocks | None = None, layout: Layout | None = None) -> None:
+        """A plain matrix, or any tensor with `blocks` and `layout`; not empty."""
+        self.x, self.blocks, self.layout = x.detach(), blocks, layout or Layout()
+        self._matrix: Tensor | None = None
+        self._ends: tuple[Tensor, Tensor] | None = None
+        found = (self.x, [1, 0]) if blocks is None else blocks.strides(self.x, self.layout)
+        self.strides: list[int] | None = None if found is None else found[1]
+        """See `Blocks.strides`; they belong to `view`."""
+        self.view = self.x if found is None else found[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        if self._matrix is None:
+            self._matrix = self.x if self.blocks is None else self.blocks.view(self.x, self.layout)
+        return self._matrix
+
+    @property
+    def count(self) -> int:
+        """How many blocks."""
+        if self.strides is None:
+            return self.matrix.shape[0]
+        return 1 + sum((n - 1) * s for n, s in zip(self.view.shape, self.strides, strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def absmax(self) -> Tensor:
+        """max|x| of each block, `(blocks, 1)`; NaN where the block holds one."""
+        if self.strides is None or self.x.dtype != torch.float32:
+            return self.matrix.abs().amax(-1, keepdim=True)
+        return block_absmax(self.view, self.strides, self.count).unsqueeze(1)
+
+    def minmax(self) -> tuple[Tensor, Tensor]:
+        """Least and largest element of each block, `(blocks, 1)`; NaN where the block holds one."""
+        if self._ends is None:
+            if self.strides is None or self.x.dtype != torch.float32:
+                self._ends = self.matrix.amin(-1, keepdim=True), self.matrix.amax(-1, keepdim=True)
+            else:
+                low, high = block_minmax(self.view, self.strides, self.count)
+                self._ends = low.unsqueeze(1), high.unsqueeze(1)
+        return self._ends
+
+    def negative(self) -> Tensor:
+        """Whether a block has a negative element, bool `(blocks, 1)`."""
+        low, _ = self.minmax()
+        if torch.compiler.is_compiling() or bool(low.isnan().any()):  # NaN hides what else is there
+            return (self.matrix < 0).any(-1, keepdim=True)
+        return low < 0
+
+
+def blocked(x: Tensor | Blocked) -> Blocked:
+    """`x` itself, or the blocks that are a matrix's rows."""
+    return x if isinstance(x, Blocked) else Blocked(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import Blocked
 from .formats import Even
 from .quantizer import Quantizer
 
@@ -28,11 +29,11 @@ class TanhMax(Quantizer, kind="tanh_max"):
         # only a block of zeros has no maximum; it stays as it is
         return blocks.unview(t / torch.where(peak == 0, torch.ones_like(peak), peak), x.shape, self.layout)
 
-    def scale_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scale_for(self, x: Blocked) -> tuple[Tensor, Tensor | None]:
         fmt = self.spec.format
         if not isinstance(fmt, Even) or fmt.bits < 2:
             raise ValueError(f"{self.name or self.spec.kind}: tanh_max needs Even(2) or more bits; got {fmt}")
-        return torch.full((x.shape[0], 1), 1 / fmt.max, dtype=x.dtype, device=x.device), None
+        return torch.full((x.count, 1), 1 / fmt.max, dtype=x.dtype, device=x.x.device), None
 
 
 class Pact(Quantizer, kind="pact"):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import blocks as B
 from .accumulate import Operand, multiply
 from .backward import Coded, as_output
+from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import QSpec, QTensor, Quantizer
 from .recipe import Int32, Keep, Products, Roles, Stage
@@ -32,7 +33,6 @@ from .recipe import Int32, Keep, Products, Roles, Stage
 __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
 
 Contract = int | tuple[Literal["keep", "reduce"], tuple[int, ...]]
-OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,8 @@ class LayerQuant(nn.Module):
         self.off: tuple[str, ...] = ()
         self.stored: QTensor | None = None
         """Codes that the weight was loaded from; they count until the layer is trained (`lowbit.load`)."""
+        self.unpacked: tuple[QTensor, Codes] | None = None
+        """Those codes, and as int8."""
         self.slots = nn.ModuleDict()
 
         def add(slot: str, role: str, spec: QSpec, which: str = "out") -> None:
@@ -136,6 +138,10 @@ class LayerQuant(nn.Module):
         """The quantizer of a role at the present stage of the schedule; None is float."""
         return None if name == "W" and self.frozen else self._role(name)
 
+    def coding(self, name: str) -> Quantizer | None:
+        """As `role`, but for a weight loaded from codes the quantizer that made them."""
+        return self._role(name)
+
     @property
     def frozen(self) -> bool:
         """Whether the weight was loaded from codes and is on its grid: it is not quantized again."""
@@ -143,7 +149,7 @@ class LayerQuant(nn.Module):
 
     def train(self, mode: bool = True) -> LayerQuant:
         if mode:
-            self.stored = None
+            self.stored = self.unpacked = None
         return super().train(mode)
 
     def _role(self, name: str) -> Quantizer | None:
@@ -175,33 +181,65 @@ class LayerQuant(nn.Module):
             stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
             a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
             error, at = self.role("E"), self.products.error_at
-            if error is not None and at != "output":
-                a = _QuantizeGrad.apply(a, error, error.key(a))
-            y = self._product(ops, a, w, stored, None if at == "input" else error)
-            if bias is not None:
-                y = y + bias.to(y.dtype)
             result = self.role("result")
+            integer = self._integer(ops, a, w, stored, bias, out_dtype if result is None else a.dtype)
+            if integer is not None:
+                y = integer
+            else:
+                if error is not None and at != "output":
+                    a = _QuantizeGrad.apply(a, error, error.key(a))
+                y = self._product(ops, a, w, stored, None if at == "input" else error)
+                if bias is not None:
+                    y = y + bias.to(y.dtype)
             if result is not None:
                 y = result(y)
         return y.to(out_dtype)
+
+    def _integer(
+        self, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The layer's output by integer products; None where it needs real values on a grid."""
+        kept = {torch.float32, torch.bfloat16}
+        if a.dtype != torch.float32 or dtype not in kept or not a.numel() or not w.numel() or self.kind == "attention":
+            return None
+        needed = ["out"]
+        if self.training:  # the same in both runs of an activation checkpoint, of which one has no gradients
+            needed += ["grad_a", "grad_w"]
+        elif torch.is_grad_enabled():
+            needed += [which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad]
+        products = plan(self, w.dim(), needed)
+        if products is None or any(isinstance(q, Quantizer) and q.watch is not None for q in self.slots.values()):
+            return None
+        quant_a, quant_w = self.role("A"), self.coding("W")
+        run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": self.role("E")}, {})
+        run.codes_w = self._stored_codes(w.shape) if self.frozen else None
+        run.plan, run.dtype = products, dtype
+        run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
+        return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
+
+    def _stored_codes(self, shape: torch.Size) -> Codes:
+        """int8 codes of a weight that was loaded from codes."""
+        q = self.stored
+        assert q is not None
+        if self.unpacked is None or self.unpacked[0] is not q:
+            codes = q.spec.blocks.unview(q.integers().to(torch.int8), shape, q.layout)
+            self.unpacked = q, (codes, q.scale.flatten().float())
+        return self.unpacked[1]
 
     def _product(self, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor, error: Quantizer | None) -> Tensor:
         quant_a, quant_w = self.role("A"), self.role("W")
         qa, coded_a = quant_a.coded(a) if quant_a is not None else (a, None)
         qw, coded_w = w, None
         if quant_w is not None:
-            qw, coded_w = quant_w.coded(w, quant_w.uniforms(w, quant_w.key(stored)))
+            qw, coded_w = quant_w.coded(w, owner=stored)
         elif self.frozen and isinstance(self.products.out.accumulator, Int32):
             assert self.stored is not None
             quant_w, coded_w = self._role("W"), self.stored.coded()
-        run = _Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
-        keys: list[Tensor | None] = []
-        for slot in run.draws:
-            keys.append(None if slot is None else slot.key(stored if slot.weight else a))
-        return _Product.apply(qa, qw, a.detach(), w.detach(), run, *keys)
+        run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
+        return _Product.apply(qa, qw, a.detach(), w.detach(), run, *run.keys(stored, a))
 
 
-class _Run:
+class Run:
     """One call of a layer: its products, its quantizers and which random keys the backward pass will use."""
 
     def __init__(
@@ -223,6 +261,44 @@ class _Run:
         self.draws: list[Quantizer | None] = [self.error]
         self.draws += [q if isinstance(q, Quantizer) else None for q in self.overrides.values()]
         self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
+
+    plan: Plan
+    """In an integer execution: how each product runs."""
+    dtype: torch.dtype
+    """Type of its result."""
+    role_keys: dict[str, Tensor | None]
+    """Random keys of the roles A and W in it."""
+    codes_w: Codes | None
+    """The weight's codes, where it was loaded from codes."""
+
+    def keys(self, stored: Tensor, a: Tensor) -> list[Tensor | None]:
+        """One key a slot."""
+        return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.draws]
+
+    def codes(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
+        """int8 codes of one operand, of its override or its role."""
+        override = self.overrides[which, side]
+        if isinstance(override, Quantizer):
+            return override.integers(x, keys[which, side])
+        role = OPERANDS[which][side == "right"]
+        q = self.roles[role]
+        assert q is not None
+        return q.integers(x, keys["E"] if role == "E" else self.role_keys[role])
+
+    def real(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Tensor:
+        """Real values of one operand, on the grid of its override or its role, or as they are."""
+        override = self.overrides[which, side]
+        if isinstance(override, Quantizer):
+            return override.quantize(x, keys[which, side])
+        role = OPERANDS[which][side == "right"]
+        q = self.roles[role]
+        if override is not None or q is None or (role == "W" and self.codes_w is not None):
+            return x
+        return q.quantize(x, keys["E"] if role == "E" else self.role_keys[role])
+
+    def weight_codes(self, which: str, w: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
+        """int8 codes of the weight as the right operand of a product."""
+        return self.codes_w if self.codes_w is not None else self.codes(which, "right", w, keys)
 
     def raw_needed(self, which: str, side: str) -> bool:
         return self.overrides[which, side] is not None
@@ -247,7 +323,7 @@ class _Product(torch.autograd.Function):
     """`out` forward, `grad_a` and `grad_w` backward, each with its own operands and accumulator."""
 
     @staticmethod
-    def forward(ctx: Any, qa: Tensor, qw: Tensor, a: Tensor, w: Tensor, run: _Run, *keys: Tensor | None) -> Tensor:
+    def forward(ctx: Any, qa: Tensor, qw: Tensor, a: Tensor, w: Tensor, run: Run, *keys: Tensor | None) -> Tensor:
         by_slot = dict(zip(run.slots, keys, strict=True))
         left = run.operand("out", "left", qa, a, run.coded["A"], by_slot)
         right = run.operand("out", "right", qw, w, run.coded["W"], by_slot)
@@ -274,7 +350,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def products(ctx: Any, e: Tensor) -> Any:
         """`grad_a` and `grad_w`, where asked for."""
-        run: _Run = ctx.run
+        run: Run = ctx.run
         a, w, *keys = ctx.saved_tensors
         by_slot = dict(zip(run.slots, keys, strict=True))
         overrides = [run.overrides["grad_a", "left"], run.overrides["grad_w", "left"]]

@@ -108,7 +108,7 @@ class Nvfp4(Quantizer, kind="nvfp4"):
         multiplier = (1 / scale).clamp(max=largest)
         # a block whose scale rounded to zero is zero, and the largest multiplier must not turn its 0 * inf to NaN
         t = torch.where(scale == 0, x * 0, x * multiplier)
-        grid = E2M1.snap(t, self.mode(u), u)
+        grid = E2M1.snap(t, self.mode(u is not None), u)
         return Coded(grid, scale, self.spec.format)
 
 

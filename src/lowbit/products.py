@@ -174,16 +174,16 @@ class ConvTransposeProduct:
         return ConvProduct(self.out_shape, self.w_shape, self.stride, self.padding, self.dilation, self.groups)
 
     def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
-        return self.mirror.grad_a(self._fit(a), w, mm)
+        return self.mirror.grad_a(self.fit(a), w, mm)
 
     def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         inside = (slice(None), slice(None), *(slice(n) for n in self.a_shape[2:]))
         return self.mirror.out(e, w, mm)[inside]
 
     def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
-        return self.mirror.grad_w(self._fit(a), e, mm)
+        return self.mirror.grad_w(self.fit(a), e, mm)
 
-    def _fit(self, a: Tensor) -> Tensor:
+    def fit(self, a: Tensor) -> Tensor:
         """`a` padded with zeros to what the mirrored convolution gives, which an output padding as large as the stride
         makes longer."""
         more = [

@@ -1,9 +1,10 @@
 """Quantizers: one tensor to its grid and back.
 
 `QSpec` says how (plain values, JSON both ways); `Quantizer` does it and holds what is learned or tracked; `QTensor` is
-the stored result, codes packed below eight bits. A method whose codes need more than "divide by the scale and round"
-subclasses `Quantizer` with a `kind` and overrides `codes_and_scale` (and `prepare`, `restore` where the paper
-transforms the tensor before, or after).
+the stored result, codes packed below eight bits. A method with its own idea of where the grid lies subclasses
+`Quantizer` with a `kind` and overrides `scaling`; then one fused pass casts the tensor. One whose codes need more than
+"shift, divide by the scale and round" overrides `codes_and_scale` (and `prepare`, `restore` where the paper transforms
+the tensor before, or after).
 
 Randomness: a stochastic quantizer draws from its own counter-based stream, whose state is a buffer. A weight is
 redrawn when the weight has changed, with the same bits on every rank; everything else at every call, with other bits
@@ -24,15 +25,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backward import Backward, Coded, PassThrough
-from .blocks import Blocks, Layout, PerTensor
+from .blocks import Blocked, Blocks, Layout, PerTensor
 from .formats import Even, Fixed, Float, Format, Int
+from .ops.cast import cast, cast_absmax, cast_arguments
 from .packing import PACKABLE, pack, unpack
 from .rng import Stream, recall, remember, stream_id
 from .rounding import ROUNDINGS, Rounding
-from .scales import Average, History, Learned, Scale, Static
+from .scales import AbsMax, Average, History, Learned, MinMax, PowerOfTwo, Scale, Static
 from .serial import nearest, spec
 
-__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "rank"]
+__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "rank"]
 
 CURRENT = -1
 """In place of a weight's version: the present draw belongs to the weight as it is."""
@@ -78,6 +80,16 @@ SIGNED, UNSIGNED = 1, 2
 def rank() -> int:
     """This process's rank, 0 outside distributed training."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _spread(value: Tensor, view: Tensor, strides: list[int]) -> Tensor:
+    """A number a block, `(blocks, 1)`, at every element of a view with these block strides."""
+    return value.contiguous().as_strided(view.shape, strides)
+
+
+def _coded(s: Scaling, grid: Tensor | Callable[[], Tensor]) -> Coded:
+    extra = {} if s.offset is None else {"offset": s.offset}
+    return Coded(grid, s.scale if s.step is None else s.step, s.format, s.zero, extra, s.divisor)
 
 
 def storage_bits(fmt: Format) -> int:
@@ -137,6 +149,23 @@ class QTensor:
         return self.spec.blocks.unview(real, self.shape, self.layout).to(self.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Where the blocks of one tensor lie on a grid; every tensor is `(blocks, 1)`:
+
+    grid = round((x - offset) / scale + zero)          real = (grid - zero) * step + offset
+    """
+
+    scale: Tensor
+    format: Format
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+    step: Tensor | None = None
+    """Scale of the result, where the method drops a part of it; None is `scale`."""
+    divisor: Tensor | None = None
+    """The part that was dropped."""
+
+
 class Quantizer(nn.Module):
     """One tensor to its grid.
 
@@ -150,6 +179,8 @@ class Quantizer(nn.Module):
     """
 
     kinds: ClassVar[dict[str, type[Quantizer]]] = {}
+    symmetric: ClassVar[bool] = True
+    """Whether `scaling` gives neither a zero point of its own nor an offset."""
     plain_sgd: ClassVar[bool] = False
     """Whether `gradient` returns an update, which only SGD without momentum and decay carries out as it is."""
     spec: QSpec
@@ -221,26 +252,59 @@ class Quantizer(nn.Module):
         """A differentiable map applied before quantization; same shape."""
         return x
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        """Blocks `x (blocks, n)` on the grid, no gradient. `u`: uniforms like `x` for stochastic rounding, or None
-        for the deterministic one."""
+    def scaling(self, x: Blocked) -> Scaling:
+        """Where the grid lies for a tensor in blocks; no gradient. Uses `x`'s statistics, or its `matrix`."""
         scale, zero = self.scale_for(x)
         fmt = self.format_for(x)
-        t = x / scale
-        if zero is not None:
-            t = t + zero
-        grid = fmt.snap(t, self.mode(u), u)
         if isinstance(fmt, Even) and not isinstance(self.spec.scale, (Static, Learned, Average, History)):
             # no level is zero: a block that vanished stays zero by its scale
-            gone = x.abs().amax(-1, keepdim=True) < torch.finfo(x.dtype).tiny
-            scale = torch.where(gone, torch.zeros_like(scale), scale)
-        return Coded(grid, scale, fmt, zero)
+            gone = x.absmax() < torch.finfo(x.dtype).tiny
+            return Scaling(scale, fmt, zero, step=torch.where(gone, torch.zeros_like(scale), scale))
+        return Scaling(scale, fmt, zero)
+
+    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+        """Blocks `x (blocks, n)` on the grid, no gradient: the definition of what the fused cast gives. `u`: uniforms
+        like `x` for stochastic rounding, or None for the deterministic one."""
+        s = self.scaling(Blocked(x))
+        t = (x if s.offset is None else x - s.offset) / s.scale
+        if s.zero is not None:
+            t = t + s.zero
+        return _coded(s, s.format.snap(t, self.mode(u is not None), u))
 
     @staticmethod
     def restore(coded: Coded) -> Tensor:
         """Real values `(blocks, n)` of codes."""
         grid = coded.grid if coded.zero is None else coded.grid - coded.zero
-        return grid * coded.scale
+        real = grid * coded.scale
+        return real + coded.extra["offset"] if "offset" in coded.extra else real
+
+    def why_no_codes(self) -> str:
+        """Why a product can't run on int8 codes of this quantizer; empty if it can: real = scale * code, and nothing is
+        done to the tensor but dividing and rounding it."""
+        kind = type(self)
+        names = ("codes_and_scale", "restore", "prepare")
+        if not self.symmetric or any(getattr(kind, n) is not getattr(Quantizer, n) for n in names):
+            return f"kind {self.spec.kind!r} is no plain symmetric grid"
+        for fmt in (self.spec.format, self.spec.unsigned):
+            if fmt is not None and not (isinstance(fmt, Int) and fmt.min >= -128 and fmt.max <= 127):
+                return f"the codes of {fmt} are not int8"
+        how: Scale = self.spec.scale
+        while isinstance(how, (PowerOfTwo, Average, History)):
+            how = how.inner
+        return "there is a zero point" if isinstance(how, MinMax) or (isinstance(how, Static) and how.zero) else ""
+
+    @torch.no_grad()
+    def integers(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """int8 codes in the shape of `x`, and the scales `(blocks,)`; `why_no_codes` is empty and `x` is not."""
+        b = Blocked(self._enter(x, None), self.spec.blocks, self.layout)
+        how, mode = self.spec.scale, self.mode(key is not None)
+        if type(self) is Quantizer and isinstance(how, AbsMax) and self.spec.unsigned is None and b.strides is not None:
+            arguments = cast_arguments(self.spec.format, mode)
+            assert arguments is not None  # there is one for every Int
+            codes, scale = cast_absmax(b.view, key, b.strides, b.count, how.denominator, *arguments, mode, "codes")
+            return codes.reshape(x.shape), scale
+        coded, _ = self._run(b.x, key, None)
+        return self.spec.blocks.unview(coded.grid.to(torch.int8), x.shape, self.layout), coded.scale.flatten()
 
     def gain(self, x: Tensor) -> float:
         """Factor on the gradient of the learned parameter; `x` is the tensor as it entered."""
@@ -256,28 +320,28 @@ class Quantizer(nn.Module):
 
     # ---- parts a kind may use ---------------------------------------------------------------------------------------
 
-    def mode(self, u: Tensor | None) -> Rounding:
-        """The rounding mode that goes with `u`."""
+    def mode(self, drawn: bool) -> Rounding:
+        """The rounding mode of one use; `drawn` says whether it has random numbers."""
         if not self.spec.stochastic:
             return self.spec.rounding
-        return self.spec.eval_rounding if u is None else "stochastic"
+        return "stochastic" if drawn else self.spec.eval_rounding
 
-    def format_for(self, x: Tensor) -> Format:
+    def format_for(self, x: Blocked) -> Format:
         """The grid for this tensor: `unsigned` where given and no element is negative. A learned scale belongs to one
         grid, so there the tensor it started from decides."""
         if self.spec.unsigned is None:
             return self.spec.format
         if isinstance(self.spec.scale, Learned) and bool(self.seen):
             return self.spec.unsigned if int(self.seen) == UNSIGNED else self.spec.format
-        return self.spec.format if bool((x < 0).any()) else self.spec.unsigned
+        return self.spec.format if bool(x.negative().any()) else self.spec.unsigned
 
-    def scale_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of blocks `x`, tracked or learned ones included; updates what is tracked."""
+    def scale_for(self, x: Blocked) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of the blocks of `x`, tracked or learned ones included; updates what is tracked."""
         how = self.spec.scale
         if isinstance(how, Learned):
             first = (self.training or self.calibrating) and not bool(self.seen)
             if first:
-                negative = self.spec.unsigned is None or _on_any_rank((x < 0).any())
+                negative = self.spec.unsigned is None or _on_any_rank(x.negative().any())
                 self.seen.fill_(SIGNED if negative else UNSIGNED)
             if (fmt := self.format_for(x)) is not self.spec.format:
                 how = dataclasses.replace(how, denominator=fmt.max)
@@ -289,15 +353,15 @@ class Quantizer(nn.Module):
             return self._track(how, x), None
         return how.compute(x)
 
-    def _track(self, how: Average | History, x: Tensor) -> Tensor:
+    def _track(self, how: Average | History, x: Blocked) -> Tensor:
         if self._repeated is not None:
             return self._repeated.to(x.dtype)
         count = int(self.seen)
         old = self.tracked
-        if count and old.shape[-1 if isinstance(how, History) else 0] and old.shape[0] != x.shape[0]:
+        if count and old.shape[-1 if isinstance(how, History) else 0] and old.shape[0] != x.count:
             raise ValueError(
                 f"{self.name}: {type(how).__name__} has tracked {old.shape[0]} blocks and now sees "
-                f"{x.shape[0]}; use blocks whose number does not depend on the batch"
+                f"{x.count}; use blocks whose number does not depend on the batch"
             )
         if not (self.training or self.calibrating) and count:
             return self._summary(how, old).to(x.dtype)
@@ -372,20 +436,36 @@ class Quantizer(nn.Module):
         """
         return self.coded(x, u)[0]
 
-    def coded(self, x: Tensor, u: Tensor | None = None) -> tuple[Tensor, Coded | None]:
-        """As `forward`, with the blocks and scales beside it (None for an empty tensor)."""
+    def coded(self, x: Tensor, u: Tensor | None = None, owner: Tensor | None = None) -> tuple[Tensor, Coded | None]:
+        """As `forward`, with the blocks and scales beside it (None for an empty tensor). `owner`: the parameter that
+        `x` was cast from, whose changes say when a weight is drawn anew."""
         y = self._enter(x, u)
         if x.numel() == 0:
             return x, None
-        if u is None:
-            u = self.uniforms(y, self.key(x))
+        key = self.key(x if owner is None else owner) if u is None else None
         y = self.prepare(y)
-        blocks = self.spec.blocks.view(y, self.layout)
+        blocks, layout, rule = self.spec.blocks, self.layout, self.spec.backward
         with torch.no_grad():
-            coded, q = self._run(blocks.detach(), u)
+            coded, q = self._run(y.detach(), key, u)
         learned = self.learned if isinstance(self.spec.scale, Learned) else None
-        q = self.spec.backward.connect(blocks, q, coded, learned, self.gain(x))
-        return self.spec.blocks.unview(q, y.shape, self.layout).to(x.dtype), coded
+        if not rule.by_block:
+            q = rule.connect(y, q, coded, learned, self.gain(x))
+        elif coded.scale.numel() == 1:  # one block: its numbers meet the tensor in any shape
+
+            def grid() -> Tensor:
+                return blocks.unview(coded.grid, y.shape, layout)
+
+            flat = dataclasses.replace(
+                coded,
+                source=grid,
+                scale=coded.scale.reshape(()),
+                zero=None if coded.zero is None else coded.zero.reshape(()),
+            )
+            q = rule.connect(y, q, flat, learned, self.gain(x))
+        else:
+            q = rule.connect(blocks.view(y, layout), blocks.view(q, layout), coded, learned, self.gain(x))
+            q = blocks.unview(q, y.shape, layout)
+        return q.to(x.dtype), coded
 
     def quantize(self, x: Tensor, key: Tensor | None = None) -> Tensor:
         """Values on the grid without a gradient; `key` comes from `key(x)` (None: deterministic)."""
@@ -397,10 +477,8 @@ class Quantizer(nn.Module):
         y = self._enter(x, None)
         if x.numel() == 0:
             return x, None
-        u = self.uniforms(y, key)
-        y = self.prepare(y)
-        coded, q = self._run(self.spec.blocks.view(y, self.layout), u)
-        return self.spec.blocks.unview(q, y.shape, self.layout).to(x.dtype), coded
+        coded, q = self._run(self.prepare(y), key, None)
+        return q.to(x.dtype), coded
 
     @torch.no_grad()
     def encode(self, x: Tensor, u: Tensor | None = None) -> QTensor:
@@ -414,10 +492,8 @@ class Quantizer(nn.Module):
             empty = torch.empty(0, dtype=torch.uint8, device=x.device)
             scale = torch.empty(0, 1, device=x.device)
             return QTensor(empty, scale, None, {}, self.spec, self.spec.format, self.layout, x.shape, 0, x.dtype)
-        if u is None:
-            u = self.uniforms(y, self.key(x))
-        y = self.prepare(y)
-        coded, _ = self._run(self.spec.blocks.view(y, self.layout), u)
+        key = self.key(x) if u is None else None
+        coded, _ = self._run(self.prepare(y), key, u)
         codes, fmt = coded.format.codes(coded.grid).flatten(), coded.format
         bits = storage_bits(fmt)
         if bits < 8:
@@ -459,14 +535,53 @@ class Quantizer(nn.Module):
                 raise ValueError(f"u must have the shape of x, {tuple(x.shape)}; got {tuple(u.shape)}")
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-    def _run(self, blocks: Tensor, u: Tensor | None) -> tuple[Coded, Tensor]:
-        if u is not None:
-            u = self.spec.blocks.view(u.to(blocks.dtype), self.layout)
-        coded = self.codes_and_scale(blocks, u)
-        q = self.restore(coded)
+    def _run(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor]:
+        """Codes of the prepared tensor, and its values on the grid in its own shape."""
+        blocks, layout = self.spec.blocks, self.layout
+        done = self._fused(x, key, u)
+        if done is None:
+            if u is None:
+                u = self.uniforms(x, key)
+            coded = self.codes_and_scale(
+                blocks.view(x, layout), None if u is None else blocks.view(u.to(x.dtype), layout)
+            )
+            done = coded, blocks.unview(self.restore(coded), x.shape, layout)
+        coded, q = done
         if self.watch is not None:
-            self.watch(self, blocks, q, coded)
+            self.watch(self, blocks.view(x, layout), blocks.view(q, layout), coded)
         return coded, q
+
+    def _fused(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor] | None:
+        """`_run` by the operator that casts in one pass; None where this kind, grid or type has no use of it."""
+        kind = type(self)
+        own = kind.codes_and_scale is not Quantizer.codes_and_scale or kind.restore is not Quantizer.restore
+        if own or x.dtype != torch.float32:
+            return None
+        b = Blocked(x, self.spec.blocks, self.layout)
+        if b.strides is None:
+            return None
+        mode = self.mode(key is not None or u is not None)
+        s = self.scaling(b)
+        arguments = cast_arguments(s.format, mode)
+        if arguments is None:
+            return None
+        view, strides = b.view, b.strides
+        zero = None if s.zero is None else s.zero.flatten()
+        shifted = view if s.offset is None else view - _spread(s.offset, view, strides)
+        uniforms = None if u is None else u.to(x.dtype).reshape(view.shape)
+
+        def run(result: str) -> Tensor:
+            return cast(shifted, s.scale.flatten(), zero, key, uniforms, strides, *arguments, mode, result)
+
+        if s.step is None:
+            q = run("values")
+        else:
+            q = run("grid")
+            q = (q if s.zero is None else q - _spread(s.zero, view, strides)) * _spread(s.step, view, strides)
+        if s.offset is not None:
+            q = q + _spread(s.offset, view, strides)
+        coded = _coded(s, lambda: self.spec.blocks.view(run("grid").reshape(x.shape), self.layout))
+        return coded, q.reshape(x.shape)
 
     def extra_repr(self) -> str:
         fmt = self.spec.format

@@ -26,6 +26,7 @@ from .serial import from_data, nearest, spec, to_data
 
 __all__ = [
     "Chunked",
+    "Float32",
     "Int32",
     "Keep",
     "LossScale",
@@ -78,6 +79,11 @@ class Chunked:
 
 
 @spec
+class Float32:
+    """Accumulator: float32 sums of real values, even where the operands' codes could be multiplied."""
+
+
+@spec
 class Int32:
     """Accumulator: products of integer codes, summed exactly in int32; a sum longer than `split` is cut into pieces
     that can't overflow and the pieces are added in float64."""
@@ -95,8 +101,9 @@ class Product:
 
     left: QSpec | Keep | None = None
     right: QSpec | Keep | None = None
-    accumulator: Chunked | Int32 | None = None
-    """None accumulates in float32."""
+    accumulator: Chunked | Int32 | Float32 | None = None
+    """None multiplies integer codes, summed in int32, where both operands have them and that is faster, and real
+    values, summed in float32, everywhere else: the two differ by the rounding of float sums."""
     samples: int = 1
     """Independent draws of a stochastic E whose products are averaged; `grad_w` only."""
 

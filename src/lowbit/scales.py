@@ -1,10 +1,11 @@
 """Scales from statistics: how large one step of the grid is.
 
-Each specification maps blocks `x (blocks, n)` to a scale `(blocks, 1)`, and to a zero point where the grid is affine,
-with *real = scale * (grid - zero)*. The denominator is always written out: `AbsMax(127)` puts the largest magnitude on
-code 127, `AbsMax(127.5)` and `AbsMax(128)` are other conventions. A block of zeros, and one so small that the scale
-would underflow, gets scale 1: its elements round to zero and nothing divides by zero. NaN and infinity in a block give
-a NaN or infinite scale, so the damage shows in the result instead of being hidden.
+Each specification maps blocks (a `Blocked` tensor, or a matrix `x (blocks, n)`) to a scale `(blocks, 1)`, and to a zero
+point where the grid is affine, with *real = scale * (grid - zero)*. The denominator is always written out:
+`AbsMax(127)` puts the largest magnitude on code 127, `AbsMax(127.5)` and `AbsMax(128)` are other conventions. A block
+of zeros, and one so small that the scale would underflow, gets scale 1: its elements round to zero and nothing divides
+by zero. NaN and infinity in a block give a NaN or infinite scale, so the damage shows in the result instead of being
+hidden.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import Blocked, blocked
 from .formats import floor_log2, mx_scale, pow2
 from .serial import nearest, spec
 
@@ -47,8 +49,8 @@ def _positive(name: str, value: float) -> None:
 class Scale:
     """Base of the scale specifications."""
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale `(blocks, 1)` and zero point (None: 0) of blocks `x (blocks, n)`, in the dtype of `x`."""
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        """Scale `(blocks, 1)` and zero point (None: 0) of the blocks of `x`, in its dtype."""
         raise TypeError(f"{type(self).__name__} has no scale without its quantizer's state")
 
 
@@ -62,8 +64,9 @@ class Static(Scale):
     def __post_init__(self) -> None:
         _positive("a Static scale", self.scale)
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = torch.full((x.shape[0], 1), self.scale, dtype=x.dtype, device=x.device)
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        x = blocked(x)
+        scale = torch.full((x.count, 1), self.scale, dtype=x.dtype, device=x.x.device)
         return scale, torch.full_like(scale, self.zero) if self.zero else None
 
 
@@ -76,8 +79,8 @@ class AbsMax(Scale):
     def __post_init__(self) -> None:
         _positive("the denominator of AbsMax", self.denominator)
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _safe(x.abs().amax(-1, keepdim=True) / self.denominator), None
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        return _safe(blocked(x).absmax() / self.denominator), None
 
 
 @spec
@@ -93,8 +96,8 @@ class MinMax(Scale):
         if self.zero not in ("code", "real"):
             raise ValueError(f"unknown zero point {self.zero!r}; {nearest(self.zero, ('code', 'real'))}")
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        low, high = blocked(x).minmax()
         if self.zero == "code":
             low, high = low.clamp(max=0), high.clamp(min=0)
         # a constant block has no range: then its own magnitude is the step, and it stays exact
@@ -118,7 +121,8 @@ class Percentile(Scale):
         if not 0 < self.percent <= 100:
             raise ValueError(f"percent must lie in (0, 100]; got {self.percent}")
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        x = blocked(x).matrix
         ordered = x.abs().sort(-1).values  # torch.quantile refuses more than 2^24 elements
         place = self.percent / 100 * (x.shape[-1] - 1)
         low = int(place)
@@ -139,7 +143,8 @@ class MinMSE(Scale):
         _positive("the denominator of MinMSE", self.denominator)
         _positive("the number of steps of MinMSE", self.steps)
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        x = blocked(x).matrix
         top = _safe(x.abs().amax(-1, keepdim=True) / self.denominator)
         best, least = top, torch.full_like(top, float("inf"))
         for k in range(1, self.steps + 1):
@@ -162,20 +167,20 @@ class Moments(Scale):
     def __post_init__(self) -> None:
         _positive("the denominator of Moments", self.denominator)
 
-    def clip(self, x: Tensor) -> Tensor:
+    def clip(self, x: Tensor | Blocked) -> Tensor:
         """The clip value `(blocks, 1)`."""
-        ratio, peak = self._ratio(x)
+        ratio, peak = self._ratio(blocked(x))
         return ratio * peak
 
-    def _ratio(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        magnitude = x.abs()
+    def _ratio(self, x: Blocked) -> tuple[Tensor, Tensor]:
+        magnitude = x.matrix.abs()
         peak = magnitude.amax(-1, keepdim=True)
         unit = magnitude / _safe(peak)  # squares of tiny or huge values neither vanish nor overflow
         clip = self.c1 * unit.square().mean(-1, keepdim=True).sqrt() - self.c2 * unit.mean(-1, keepdim=True)
         return torch.where(clip <= 0, torch.ones_like(clip), clip), peak
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        ratio, peak = self._ratio(x)
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        ratio, peak = self._ratio(blocked(x))
         return _safe(ratio / self.denominator * peak), None
 
 
@@ -218,7 +223,7 @@ class PowerOfTwo(Scale):
         if self.mode not in ("floor", "ceil", "nearest"):
             raise ValueError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('floor', 'ceil', 'nearest'))}")
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
         scale, zero = self.inner.compute(x)
         if zero is not None:
             raise ValueError("PowerOfTwo needs a symmetric inner scale; MinMax has a zero point")
@@ -242,8 +247,8 @@ class Microscale(Scale):
         if self.mode not in ("floor", "ceil", "even"):
             raise ValueError(f"unknown mode {self.mode!r}; {nearest(self.mode, ('floor', 'ceil', 'even'))}")
 
-    def compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        amax = x.abs().amax(-1, keepdim=True)
+    def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
+        amax = blocked(x).absmax()
         # E8M0 has no infinity: such a block is NaN
         return mx_scale(amax.masked_fill(amax.isinf(), torch.nan), self.emax, self.mode, self.mantissa), None
 
@@ -297,8 +302,9 @@ class Learned(Scale):
             if given not in allowed:
                 raise ValueError(f"unknown word {given!r}; {nearest(given, allowed)}")
 
-    def start(self, x: Tensor) -> Tensor:
-        """Start value of the parameter `(blocks, 1)` from blocks `x (blocks, n)`."""
+    def start(self, x: Tensor | Blocked) -> Tensor:
+        """Start value of the parameter `(blocks, 1)` from the blocks of `x`."""
+        x = blocked(x).matrix
         if self.init == "value":
             return torch.full((x.shape[0], 1), self.value, dtype=x.dtype, device=x.device)
         step = _safe(2 * x.abs().mean(-1, keepdim=True) / self.denominator**0.5)

@@ -156,16 +156,15 @@ def test_float32_sums_differ_by_their_rounding_only() -> None:
         assert not torch.equal(integer, real)
 
 
-def test_auto_takes_integers_for_linear_layers_only_and_ends_can_stay_float() -> None:
+def test_accumulate_says_how_sums_run_and_ends_can_stay_float() -> None:
     def network() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2))
 
-    found = layers_of(lowbit.apply(network(), lowbit.create("int8")))
-    sums = {n: q.products.out.accumulator for n, q in found.items()}
-    assert sums == {"0": None, "1": None, "3": lowbit.Int32(), "4": lowbit.Int32()}
+    for accumulate, expected in (("auto", None), ("int32", lowbit.Int32()), ("float32", lowbit.Float32())):
+        found = layers_of(lowbit.apply(network(), lowbit.create("int8", accumulate=accumulate)))
+        for q in found.values():
+            assert [getattr(q.products, which).accumulator for which in ("out", "grad_a", "grad_w")] == [expected] * 3
     assert set(layers_of(lowbit.apply(network(), lowbit.create("int8", first=False, last=False)))) == {"1", "3"}
-    both = layers_of(lowbit.apply(network(), lowbit.create("int8", accumulate="int32")))
-    assert all(q.products.grad_w.accumulator == lowbit.Int32() for q in both.values())
 
 
 @pytest.mark.parametrize(

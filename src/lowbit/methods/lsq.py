@@ -27,6 +27,7 @@ import math
 from torch import Tensor
 
 from ..backward import LearnedStep
+from ..blocks import Blocked
 from ..formats import Int
 from ..quantizer import QSpec, Quantizer
 from ..recipe import Recipe, Roles, Rule
@@ -41,7 +42,7 @@ class Lsq(Quantizer, kind="lsq"):
 
     def gain(self, x: Tensor) -> float:
         batch = 1 if self.weight or x.dim() < 2 else x.shape[0]
-        return 1 / math.sqrt(x.numel() / batch * self.format_for(x).max)
+        return 1 / math.sqrt(x.numel() / batch * self.format_for(Blocked(x, self.spec.blocks, self.layout)).max)
 
 
 def _roles(bits: int) -> Roles:

@@ -42,8 +42,9 @@ import torch
 from torch import Tensor
 
 from ..backward import Coded
+from ..blocks import Blocked
 from ..formats import FP16, Codebook, Format, Int, Log
-from ..quantizer import QSpec, Quantizer
+from ..quantizer import QSpec, Quantizer, Scaling
 from ..recipe import Product, Products, Recipe, Roles, Stage, float_ends
 from ..scales import AbsMax, Average, Moments, PowerOfTwo, Scale, sawb
 from ..serial import nearest
@@ -59,11 +60,11 @@ class Sawb4(Quantizer, kind="luq"):
     """A uniform grid whose `levels - 1` steps span [-clip, clip], or [0, 2 clip] where it is unsigned. The clip is that
     of the scale, a `Moments`."""
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+    def scaling(self, x: Blocked) -> Scaling:
         fmt = self.format_for(x)
         steps = (fmt.max - fmt.min) / 2
         scale, _ = dataclasses.replace(self.spec.scale, denominator=steps).compute(x)  # type: ignore[type-var]
-        return Coded(fmt.snap(x / scale, self.mode(u), u), scale, fmt)
+        return Scaling(scale, fmt)
 
 
 class Rdnp(Quantizer, kind="rdnp"):
@@ -71,7 +72,7 @@ class Rdnp(Quantizer, kind="rdnp"):
     where the specification's rounding is stochastic."""
 
     def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        scale, _ = self.scale_for(x)
+        scale, _ = self.scale_for(Blocked(x))
         t = x / scale
         below = torch.zeros_like(t) if u is None else self.spec.format.snap(t, "stochastic", u)
         t = torch.where(t.abs() < 1, below, t)

@@ -49,9 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backward import Coded
-from ..blocks import Blocks, Layout, PerSample, PerTensor
+from ..blocks import Blocked, Blocks, Layout, PerSample, PerTensor
 from ..formats import Int
-from ..quantizer import QSpec, Quantizer
+from ..quantizer import QSpec, Quantizer, Scaling
 from ..recipe import Product, Products, Recipe, Roles
 from ..scales import MinMax
 from ..serial import spec
@@ -74,48 +74,47 @@ class PerFeature(Blocks):
 class Ptq(Quantizer, kind="ptq"):
     """Affine, with a code for zero and a range that holds every element. `params["epsilon"]`: eps."""
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+    symmetric = False
+
+    def scaling(self, x: Blocked) -> Scaling:
         eps, top = self.spec.params["epsilon"], self.spec.format.max
-        low = (x.amin(-1, keepdim=True) - eps).clamp(max=0)
-        high = (x.amax(-1, keepdim=True) + eps).clamp(min=0)
+        least, most = x.minmax()
+        low, high = (least - eps).clamp(max=0), (most + eps).clamp(min=0)
         zero = (-low * (top / (high - low))).floor()
-        zero = torch.maximum(zero, (x < 0).any(-1, keepdim=True).to(x.dtype))  # a negative element needs a code
+        zero = torch.maximum(zero, x.negative().to(x.dtype))  # a negative element needs a code
         step = torch.maximum(-low / zero.clamp(min=1) * (zero > 0), high / (top - zero).clamp(min=1))
-        return Coded(self.spec.format.snap(x / step + zero, self.mode(u), u), step, self.spec.format, zero)
+        return Scaling(step, self.spec.format, zero)
 
 
 class Psq(Quantizer, kind="psq"):
     """Affine from each block's least to its largest element, without a code for zero. `params["epsilon"]`: eps."""
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        return _rows(self, x, u)
+    symmetric = False
 
-    @staticmethod
-    def restore(coded: Coded) -> Tensor:
-        return coded.grid * coded.scale + coded.extra["low"]
+    def scaling(self, x: Blocked) -> Scaling:
+        eps, fmt = self.spec.params["epsilon"], self.spec.format
+        least, most = x.minmax()
+        low = least - eps
+        step = (most + eps - low) / fmt.max
+        step = torch.where(
+            step == 0, torch.ones_like(step), step
+        )  # eps vanishes beside a constant row of large elements
+        return Scaling(step, fmt, offset=low)
 
 
-class Bhq(Quantizer, kind="bhq"):
+class Bhq(Psq, kind="bhq"):
     """As `Psq`, of S x instead of x. `params["epsilon"]`: eps."""
 
     def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
         group, v, s = bhq_groups(x.amax(-1) - x.amin(-1) + self.spec.params["epsilon"])
         mix = {"group": group[:, None], "v": v[:, None].to(x.dtype), "s": s[:, None].to(x.dtype)}
-        coded = _rows(self, reflect(x * mix["s"], mix["group"], mix["v"]), u)
+        coded = super().codes_and_scale(reflect(x * mix["s"], mix["group"], mix["v"]), u)
         return dataclasses.replace(coded, extra={**coded.extra, **mix})
 
     @staticmethod
     def restore(coded: Coded) -> Tensor:
         mix = coded.extra
-        return reflect(coded.grid * coded.scale + mix["low"], mix["group"], mix["v"]) / mix["s"]
-
-
-def _rows(quantizer: Quantizer, x: Tensor, u: Tensor | None) -> Coded:
-    eps, fmt = quantizer.spec.params["epsilon"], quantizer.spec.format
-    low = x.amin(-1, keepdim=True) - eps
-    step = (x.amax(-1, keepdim=True) + eps - low) / fmt.max
-    step = torch.where(step == 0, torch.ones_like(step), step)  # eps vanishes beside a constant row of large elements
-    return Coded(fmt.snap((x - low) / step, quantizer.mode(u), u), step, fmt, None, {"low": low})
+        return reflect(Quantizer.restore(coded), mix["group"], mix["v"]) / mix["s"]
 
 
 def bhq_groups(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from ..backward import Coded, InRange
+from ..blocks import Blocked
 from ..formats import Int
-from ..quantizer import QSpec, Quantizer
+from ..quantizer import QSpec, Quantizer, Scaling
 from ..recipe import Products, Recipe, Roles, Rule, Step, Swap, Update
 from ..scales import AbsMax, PowerOfTwo, Static
 from ..serial import nearest, spec
@@ -73,19 +74,19 @@ class WageW(Quantizer, kind="wage_w"):
         self.alpha = alpha(fan_in(x, self), self.spec.format.bits, self.spec.params["variance"])
         return x
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        step, fmt = sigma(self.spec.format.bits), self.spec.format
-        scale = torch.full_like(x[:, :1], step / self.alpha)
-        return Coded(fmt.snap(x / step), scale, fmt, divisor=torch.full_like(scale, self.alpha))
+    def scaling(self, x: Blocked) -> Scaling:
+        step = torch.full((x.count, 1), sigma(self.spec.format.bits), dtype=x.dtype, device=x.x.device)
+        divisor = torch.full_like(step, self.alpha)
+        return Scaling(step, self.spec.format, step=step / divisor, divisor=divisor)
 
 
 class WageE(Quantizer, kind="wage_e"):
     """`QSpec.scale` gives the power of two that is divided out and dropped."""
 
-    def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
+    def scaling(self, x: Blocked) -> Scaling:
         shift, _ = self.scale_for(x)
-        step, fmt = sigma(self.spec.format.bits), self.spec.format
-        return Coded(fmt.snap(x / shift / step), torch.full_like(shift, step), fmt, divisor=shift)
+        step = torch.full_like(shift, sigma(self.spec.format.bits))
+        return Scaling(shift * step, self.spec.format, step=step, divisor=shift)  # powers of two: exact
 
 
 class WageG(Quantizer, kind="wage_g"):
@@ -95,10 +96,10 @@ class WageG(Quantizer, kind="wage_g"):
     rate = 1.0
 
     def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        shift, _ = self.scale_for(x)
+        shift, _ = self.scale_for(Blocked(x))
         fmt, step = self.spec.format, sigma(self.spec.format.bits)
         t = x / shift * self.rate
-        grid = fmt.snap(t.abs(), self.mode(u), u) * t.sign() + 0.0
+        grid = fmt.snap(t.abs(), self.mode(u is not None), u) * t.sign() + 0.0
         return Coded(grid, torch.full_like(shift, step), fmt, divisor=shift / (self.rate * step))
 
     def gradient(self, grad: Tensor, lr: float, key: Tensor | None) -> Tensor:

@@ -40,6 +40,7 @@ class _Operator:
 
 
 _operators: dict[str, _Operator] = {}
+_isas: tuple[str, ...] = ()
 _load_error: str | None = "lowbit.ops has not tried to load the compiled kernels yet"  # None: they are loaded
 
 
@@ -62,7 +63,7 @@ def definition(name: str) -> Callable[..., Any]:
 
 def load_compiled(folder: Path = _PACKAGE) -> None:
     """Loads the C++ kernels that the installation left in `folder`; a failure is kept for `backends`."""
-    global _load_error  # written once, when lowbit.ops is imported
+    global _load_error, _isas  # written once, when lowbit.ops is imported
     files = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")) + sorted(folder.glob("_C*.dylib"))
     if not files:
         _load_error = _build_reason(folder)
@@ -70,15 +71,14 @@ def load_compiled(folder: Path = _PACKAGE) -> None:
     try:
         torch.ops.load_library(str(files[0]))
         _load_error = None
+        _isas = tuple(torch.ops.lowbit._isas().split())
     except (OSError, RuntimeError) as error:
         _load_error = f"{files[0].name} does not load: {_first_line(error)}"
 
 
 def compiled_isas() -> tuple[str, ...]:
     """Instruction sets that the C++ kernels use on this CPU, best first; empty if they are not loaded."""
-    if _load_error is not None:
-        return ()
-    return tuple(torch.ops.lowbit._isas().split())
+    return _isas
 
 
 @contextlib.contextmanager

@@ -1,0 +1,235 @@
+"""Integer execution: products of int8 codes instead of real values.
+
+Codes are multiplied where both operands have them, their scales are constant along the summed axis, and a kernel makes
+it worth while. A layer whose products all run so (or on the float tensors themselves, where a recipe leaves a product
+in float) never forms the real values: autograd keeps int8 codes, a quarter of the bytes. The result is that of the
+simulated products but for the rounding of float sums: out = float32(sum of codes) * (left scale * right scale) + bias.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .blocks import PerChannel, PerGroup, PerRow, PerTensor, PerTile
+from .ops.backends import compiled_isas
+from .ops.int8 import int8_conv, int8_conv_grad_a, int8_conv_grad_w, int8_matmul
+from .products import ConvProduct, ConvTransposeProduct, LinearProduct, ProductOps
+from .quantizer import Quantizer
+from .recipe import Chunked, Float32, Int32, Keep
+
+if TYPE_CHECKING:
+    from .layers import LayerQuant, Run
+
+__all__ = ["OPERANDS", "Codes", "IntegerProduct", "executions", "fast_products", "integer_product", "plan"]
+
+OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
+FAST = ("avx512amx", "avx512vnni")
+"""Instruction sets whose int8 products are faster than float32 ones."""
+Codes = tuple[Tensor, Tensor]
+"""int8 codes in the operand's own shape, and scales `(blocks,)`."""
+
+
+def fast_products() -> bool:
+    """Whether int8 products are faster than float32 ones on this machine."""
+    isas = compiled_isas()
+    return bool(isas) and isas[0] in FAST
+
+
+def _reason(q: Quantizer | Keep | None, which: str, side: str, ndim: int) -> str:
+    """Why an operand can't enter an integer product; empty if it can."""
+    role = OPERANDS[which][side == "right"]
+    if not isinstance(q, Quantizer):
+        return f"{role} is float"
+    if why := q.why_no_codes():
+        return f"{role}: {why}"
+    blocks = q.spec.blocks
+    if isinstance(blocks, PerTensor):
+        return ""
+    legal = PerChannel if which == "grad_w" or (which, side) == ("grad_a", "right") else PerRow
+    whole = not isinstance(blocks, (PerGroup, PerTile))
+    if not whole or blocks.kept(ndim, q.layout) != legal().kept(ndim, q.layout):
+        return f"{role}: the scales of {blocks} are not constant along the summed axis"
+    return ""
+
+
+def executions(layer: LayerQuant, weight_dims: int) -> dict[str, str]:
+    """Of each product of a layer, at its present stage: why it runs on real values; empty where it runs on codes.
+
+    `weight_dims`: axes of the weight; 2 for a linear layer, 4 for a convolution over images.
+    """
+    found = {}
+    for which, sides in OPERANDS.items():
+        how = getattr(layer.products, which)
+        reason = ""
+        if isinstance(how.accumulator, Chunked):
+            reason = "chunked accumulator"
+        elif isinstance(how.accumulator, Float32):
+            reason = "the recipe asks for float32 sums"
+        elif layer.kind == "attention":
+            reason = "attention"
+        elif weight_dims not in (2, 3, 4):
+            reason = f"convolution over {weight_dims - 2} axes"
+        elif how.samples > 1:
+            reason = "averages samples"
+        elif how.accumulator is None and not fast_products():
+            reason = "no int8 kernel for this CPU"
+        for side, role in zip(("left", "right"), sides, strict=True):
+            override = layer.override(which, side)
+            q = layer.coding(role) if override is None else override
+            if role == "E" and override is None and layer.products.error_at == "input":
+                q = None
+            reason = reason or _reason(q, which, side, weight_dims)
+        found[which] = reason
+    return found
+
+
+Plan = dict[str, Literal["codes", "raw", "values"]]
+"""How each product of a layer runs: on int8 codes, on the float tensors as they are, or on real values on a grid."""
+
+
+def plan(layer: LayerQuant, weight_dims: int, needed: list[str]) -> Plan | None:
+    """How the products `needed` run, `out` being one of them, where `out` runs on codes; None if it does not, or if
+    the others want what an integer execution does not have."""
+    reasons = executions(layer, weight_dims)
+    if reasons["out"]:
+        return None
+    found: Plan = {"out": "codes"}
+    if len(needed) > 1:
+        roles = [q for r in "AW" if (q := layer.role(r)) is not None]
+        if layer.products.error_at != "output" or any(q.spec.backward.by_block for q in roles):
+            return None  # E is quantized between layers; the gradient rules need the tensors
+        for which in needed[1:]:
+            how = getattr(layer.products, which)
+            if not reasons[which]:
+                found[which] = "codes"
+            elif isinstance(how.accumulator, (Chunked, Int32)) or how.samples > 1:
+                return None
+            elif _on_raw(layer, which):
+                found[which] = "raw"
+            elif layer.training:
+                return None  # a second quantization in the backward pass would cost more than integers save
+            else:
+                found[which] = "values"
+    return found
+
+
+def _on_raw(layer: LayerQuant, which: str) -> bool:
+    """Whether a product multiplies the float tensors themselves."""
+    return all(
+        isinstance(o := layer.override(which, side), Keep) or (o is None and layer.role(role) is None)
+        for side, role in zip(("left", "right"), OPERANDS[which], strict=True)
+    )
+
+
+def integer_product(
+    ops: ProductOps, which: str, left: Codes, right: Codes, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Product `which` of codes, scaled; `bias (outputs,)` for `out`."""
+    (a, a_scale), (b, b_scale), to = left, right, dtype or torch.float32
+    if isinstance(ops, LinearProduct):
+        if which == "grad_w":
+            rows, columns = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+            if ops.transposed:
+                rows, columns, a_scale, b_scale = columns, rows, b_scale, a_scale
+            return int8_matmul(rows.t(), columns, a_scale, b_scale, None, to)
+        w = b if (which == "out") == ops.transposed else b.t()
+        y = int8_matmul(a.reshape(-1, a.shape[-1]), w, a_scale, b_scale, bias, to)
+        return y.reshape(*a.shape[:-1], y.shape[-1])
+    if isinstance(ops, ConvTransposeProduct):
+        return _transposed(ops, which, left, right, bias, to)
+    assert isinstance(ops, ConvProduct)
+    if len(ops.stride) == 1:  # over one axis: an image of one row
+        flat = ConvProduct(
+            torch.Size((*ops.a_shape[:2], 1, *ops.a_shape[2:])),
+            torch.Size((*ops.w_shape[:2], 1, *ops.w_shape[2:])),
+            (1, *ops.stride),
+            (0, *ops.padding),
+            (1, *ops.dilation),
+            ops.groups,
+        )
+        return integer_product(flat, which, (a.unsqueeze(2), a_scale), (b.unsqueeze(2), b_scale), bias, to).squeeze(2)
+    geometry = (ops.stride, ops.padding, ops.dilation, ops.groups, to)
+    if which == "out":
+        return int8_conv(a, b, a_scale, b_scale, bias, *geometry)
+    if which == "grad_a":
+        return int8_conv_grad_a(a, b, a_scale, b_scale, list(ops.a_shape), *geometry)
+    return int8_conv_grad_w(a, b, a_scale, b_scale, list(ops.w_shape), *geometry)
+
+
+def _transposed(
+    ops: ConvTransposeProduct, which: str, left: Codes, right: Codes, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A transposed convolution: the products of the convolution whose `grad_a` it is, operands exchanged."""
+    if which == "grad_w":
+        y = integer_product(ops.mirror, "grad_w", (ops.fit(right[0]), right[1]), left, None, dtype)
+    elif which == "grad_a":
+        y = integer_product(ops.mirror, "out", left, right, None, dtype)
+        inside = (slice(None), slice(None), *(slice(n) for n in ops.a_shape[2:]))
+        y = y[inside]
+    else:
+        y = integer_product(ops.mirror, "grad_a", (ops.fit(left[0]), left[1]), right)
+        y = (y if bias is None else y + bias.reshape(1, -1, *[1] * (y.dim() - 2))).to(dtype)
+    return y
+
+
+class IntegerProduct(torch.autograd.Function):
+    """A layer's three products where each runs on codes or on the float tensors themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, run: Run, *keys: Tensor | None) -> Tensor:
+        by_slot = dict(zip(run.slots, keys, strict=True))
+        codes_w = run.weight_codes("out", w, by_slot)
+        codes_a = run.codes("out", "left", a, by_slot)
+        flat = None if bias is None else bias.reshape(-1)
+        y = integer_product(run.ops, "out", codes_a, codes_w, flat, run.dtype)
+        ctx.run, ctx.count, ctx.bias = run, len(keys), None if bias is None else bias.shape
+        kept: list[Tensor | None] = [None, None]
+        if (
+            run.plan.get("grad_w") == "codes"
+        ):  # the codes of `a` that grad_w multiplies are made now: a itself is not kept
+            same = run.overrides["grad_w", "right"] is None
+            kept = list(codes_a if same else run.codes("grad_w", "right", a, by_slot))
+        raw = a if run.plan.get("grad_w", "codes") != "codes" else None
+        ctx.save_for_backward(w if "grad_a" in run.plan else None, raw, *kept, *keys)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        run: Run = ctx.run
+        if torch.is_grad_enabled() and not run.plain:
+            raise RuntimeError(
+                f"{run.name}: the backward pass of a layer with a quantized gradient can't be "
+                "differentiated again; leave create_graph out"
+            )
+        w, a, codes, scale, *keys = ctx.saved_tensors
+        by_slot = dict(zip(run.slots, keys, strict=True))
+        grad_a = grad_w = grad_bias = None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            e = grads[0].float()
+            shared: Codes | None = None
+
+            def error(which: str) -> Codes:
+                nonlocal shared
+                if run.overrides[which, "left"] is not None:
+                    return run.codes(which, "left", e, by_slot)
+                shared = shared or run.codes(which, "left", e, by_slot)
+                return shared
+
+            if ctx.needs_input_grad[0]:
+                if run.plan["grad_a"] == "codes":
+                    grad_a = integer_product(run.ops, "grad_a", error("grad_a"), run.weight_codes("grad_a", w, by_slot))
+                else:
+                    left, right = run.real("grad_a", "left", e, by_slot), run.real("grad_a", "right", w, by_slot)
+                    grad_a = run.ops.grad_a(left, right)
+            if ctx.needs_input_grad[1]:
+                if run.plan["grad_w"] == "codes":
+                    grad_w = integer_product(run.ops, "grad_w", error("grad_w"), (codes, scale))
+                else:
+                    left, right = run.real("grad_w", "left", e, by_slot), run.real("grad_w", "right", a, by_slot)
+                    grad_w = run.ops.grad_w(left, right)
+            if ctx.bias is not None and ctx.needs_input_grad[2]:
+                grad_bias = e.sum_to_size(ctx.bias)
+        return grad_a, grad_w, grad_bias, None, *(None,) * ctx.count
