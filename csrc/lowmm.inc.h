@@ -12,14 +12,24 @@ namespace {
 
 // ---- binary x binary ------------------------------------------------------------------------------------------------
 //
-// A lane is a column: one vector holds the same word of several columns of b, and a word of a row of a goes to all
-// lanes. The set bits of a[k] ^ b[k] are counted two words at a time: a full adder per bit leaves one bit of weight 1 for
-// the next pair and one of weight 2, and only the latter is counted.
+// Winograd's inner product (1968) for bits. With d = a xor b for two words, and A = a0 xor a1, B = b0 xor b1,
+//
+//     d0 + d1 = 2 f - A + B        f = d1 where A = B, else A
+//
+// because d0 xor d1 = A xor B: where A = B the two bits are equal, elsewhere exactly one is set. So a pair of words costs
+// one count instead of two, and the counts of A and of B belong to one operand each. Rows hold (a1, A) for (a0, a1).
+//
+// A lane is a column: one vector holds the same word of several columns of b, and a word of a row goes to all lanes.
 
 #if defined(__AVX512BW__)
 struct Words {
   static constexpr int64_t lanes = 8;
   static constexpr int rows = 4;  // of a tile, with two vectors of columns
+#if defined(__AVX512VPOPCNTDQ__)
+  static constexpr int64_t unit = 2;  // words that are counted together
+#else
+  static constexpr int64_t unit = 4;
+#endif
   typedef __m512i V;
   static V load(const uint64_t* p) { return _mm512_loadu_si512(p); }
   static V set(uint64_t w) { return _mm512_set1_epi64((long long)w); }
@@ -35,13 +45,8 @@ struct Words {
     return _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512());
 #endif
   }
-  // ones + bits of (a0 ^ b0) + bits of (a1 ^ b1) = new ones + 2 * result
-  static V add_pair(V& ones, V a0, V b0, V a1, V b1) {
-    const V first = _mm512_ternarylogic_epi64(ones, a0, b0, 0x96);
-    const V both = _mm512_ternarylogic_epi64(first, a1, b1, 0x96);
-    const V carry = _mm512_ternarylogic_epi64(first, both, ones, 0x3a);  // first ? ~both : ones
-    ones = both;
-    return carry;
+  static V pair(V a1, V b1, V a, V b) {  // f
+    return _mm512_ternarylogic_epi64(_mm512_xor_si512(a1, b1), a, b, 0xd4);
   }
   static void store(int32_t* out, V v) { _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi64_epi32(v)); }
 };
@@ -49,6 +54,7 @@ struct Words {
 struct Words {
   static constexpr int64_t lanes = 4;
   static constexpr int rows = 2;
+  static constexpr int64_t unit = 4;
   typedef __m256i V;
   static V load(const uint64_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static V set(uint64_t w) { return _mm256_set1_epi64x((long long)w); }
@@ -60,11 +66,9 @@ struct Words {
     const V high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi64(v, 4), nibble));
     return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
   }
-  static V add_pair(V& ones, V a0, V b0, V a1, V b1) {
-    const V x = a0 ^ b0, y = a1 ^ b1, first = ones ^ x;
-    const V carry = (ones & x) | (first & y);
-    ones = first ^ y;
-    return carry;
+  static V pair(V a1, V b1, V a, V b) {
+    const V differ = a ^ b;
+    return (differ & a) | (~differ & (a1 ^ b1));
   }
   static void store(int32_t* out, V v) {
     const __m256i low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
@@ -75,22 +79,30 @@ struct Words {
 struct Words {
   static constexpr int64_t lanes = 1;
   static constexpr int rows = 2;
+  static constexpr int64_t unit = 4;
   typedef uint64_t V;
   static V load(const uint64_t* p) { return *p; }
   static V set(uint64_t w) { return w; }
   static V add(V a, V b) { return a + b; }
   static V count(V v) { return V(__builtin_popcountll(v)); }
-  static V add_pair(V& ones, V a0, V b0, V a1, V b1) {
-    const V x = a0 ^ b0, y = a1 ^ b1, first = ones ^ x;
-    const V carry = (ones & x) | (first & y);
-    ones = first ^ y;
-    return carry;
+  static V pair(V a1, V b1, V a, V b) {
+    const V differ = a ^ b;
+    return (differ & a) | (~differ & (a1 ^ b1));
   }
   static void store(int32_t* out, V v) { *out = int32_t(v); }
 };
 #endif
 
 constexpr int64_t binary_panel = 2 * Words::lanes;
+
+inline int64_t binary_units(int64_t words) { return (words + Words::unit - 1) / Words::unit; }
+
+// full adder: ones + x + y = new ones + 2 * result
+inline Words::V carry(Words::V& ones, Words::V x, Words::V y) {
+  const Words::V half = ones ^ x, result = (ones & x) | (half & y);
+  ones = half ^ y;
+  return result;
+}
 
 void pack_signs(const float* x, uint64_t* words, int64_t count) {
   int64_t i = 0;
@@ -116,52 +128,75 @@ void pack_signs(const float* x, uint64_t* words, int64_t count) {
   }
 }
 
-void pack_binary_panel(const BinaryMm& job, int64_t column, uint64_t* packed) {
-  const int64_t width = job.columns - column < binary_panel ? job.columns - column : binary_panel;
-  for (int64_t j = 0; j < width; ++j) {
-    const uint64_t* source = job.b + (column + j) * job.b_row;
-    for (int64_t k = 0; k < job.words; ++k) packed[k * binary_panel + j] = source[k];
+// A row, (a0, a1) as (a1, A), filled up with zeros; the last word is the count of all A. `step` is the distance of words.
+inline void pack_binary(const uint64_t* source, int64_t words, uint64_t* row, int64_t step) {
+  const int64_t padded = binary_units(words) * Words::unit;
+  uint64_t count = 0;
+  int64_t k = 0;
+  for (; k + 2 <= words; k += 2) {
+    const uint64_t second = source[k + 1], both = source[k] ^ second;
+    row[k * step] = second;
+    row[(k + 1) * step] = both;
+    count += uint64_t(__builtin_popcountll(both));
   }
-  for (int64_t j = width; j < binary_panel; ++j)
-    for (int64_t k = 0; k < job.words; ++k) packed[k * binary_panel + j] = 0;
+  if (k < words) {
+    row[k * step] = 0;
+    row[(k + 1) * step] = source[k];
+    count += uint64_t(__builtin_popcountll(source[k]));
+    k += 2;
+  }
+  for (; k < padded; ++k) row[k * step] = 0;
+  row[padded * step] = count;
+}
+
+void pack_binary_rows(const BinaryMm& job, int64_t begin, int64_t end, uint64_t* rows) {
+  const int64_t length = binary_units(job.words) * Words::unit + 1;
+  for (int64_t i = begin; i < end; ++i) pack_binary(job.a + i * job.words, job.words, rows + (i - begin) * length, 1);
+}
+
+void pack_binary_panel(const BinaryMm& job, int64_t column, uint64_t* panel) {
+  const int64_t length = binary_units(job.words) * Words::unit + 1;
+  for (int64_t j = 0; j < binary_panel; ++j) {
+    if (column + j < job.columns) {
+      pack_binary(job.b + (column + j) * job.words, job.words, panel + j, binary_panel);
+    } else {
+      for (int64_t k = 0; k < length; ++k) panel[k * binary_panel + j] = 0;
+    }
+  }
 }
 
 template <int Rows, int Vectors>
-inline void binary_tile(const BinaryMm& job, int64_t column, int64_t row, const uint64_t* packed) {
+inline void binary_tile(const BinaryMm& job, int64_t row, const uint64_t* rows, int64_t column, const uint64_t* panel) {
   typedef Words::V V;
-  const uint64_t* a[Rows];
-  for (int i = 0; i < Rows; ++i) a[i] = job.a + (row + i) * job.a_row;
-  V ones[Rows][Vectors], twos[Rows][Vectors];
+  const int64_t units = binary_units(job.words), length = units * Words::unit + 1;
+  V counts[Rows][Vectors], ones[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) ones[i][j] = twos[i][j] = Words::set(0);
-  int64_t k = 0;
-  for (; k + 2 <= job.words; k += 2, packed += 2 * binary_panel) {
-    V b0[Vectors], b1[Vectors];
-    for (int j = 0; j < Vectors; ++j) {
-      b0[j] = Words::load(packed + j * Words::lanes);
-      b1[j] = Words::load(packed + binary_panel + j * Words::lanes);
-    }
+    for (int j = 0; j < Vectors; ++j) counts[i][j] = ones[i][j] = Words::set(0);
+  for (int64_t u = 0; u < units; ++u, rows += Words::unit, panel += Words::unit * binary_panel) {
+    V b[Words::unit][Vectors];
+    for (int k = 0; k < Words::unit; ++k)
+      for (int j = 0; j < Vectors; ++j) b[k][j] = Words::load(panel + k * binary_panel + j * Words::lanes);
     for (int i = 0; i < Rows; ++i) {
-      const V a0 = Words::set(a[i][k]), a1 = Words::set(a[i][k + 1]);
-      for (int j = 0; j < Vectors; ++j)
-        twos[i][j] = Words::add(twos[i][j], Words::count(Words::add_pair(ones[i][j], a0, b0[j], a1, b1[j])));
+      const uint64_t* a = rows + i * length;
+      for (int j = 0; j < Vectors; ++j) {
+        V bits = Words::pair(Words::set(a[0]), b[0][j], Words::set(a[1]), b[1][j]);
+        if constexpr (Words::unit == 4)
+          bits = carry(ones[i][j], bits, Words::pair(Words::set(a[2]), b[2][j], Words::set(a[3]), b[3][j]));
+        counts[i][j] = Words::add(counts[i][j], Words::count(bits));
+      }
     }
   }
-  if (k < job.words)
-    for (int j = 0; j < Vectors; ++j) {
-      const V b = Words::load(packed + j * Words::lanes), zero = Words::set(0);
-      for (int i = 0; i < Rows; ++i)
-        twos[i][j] = Words::add(twos[i][j], Words::count(Words::add_pair(ones[i][j], Words::set(a[i][k]), b, zero, zero)));
-    }
   const int64_t width = job.columns - column;
   const bool direct = job.out_column == 1 && width >= Vectors * Words::lanes;
   for (int i = 0; i < Rows; ++i) {
     int32_t* out = job.out + (row + i) * job.out_row + column * job.out_column;
     int32_t part[binary_panel];
     for (int j = 0; j < Vectors; ++j) {
-      const V total = Words::add(Words::add(twos[i][j], twos[i][j]), Words::count(ones[i][j]));
-      const V result = Words::set(uint64_t(job.depth)) - Words::add(total, total);
-      Words::store((direct ? out : part) + j * Words::lanes, result);
+      V twice = counts[i][j];  // popcount(a xor b) = 2 f - A + B
+      if constexpr (Words::unit == 4) twice = Words::add(Words::add(twice, twice), Words::count(ones[i][j]));
+      twice = Words::add(twice, twice);
+      const V differ = twice - Words::set(rows[i * length]) + Words::load(panel + j * Words::lanes);
+      Words::store((direct ? out : part) + j * Words::lanes, Words::set(uint64_t(job.depth)) - differ - differ);
     }
     if (direct) continue;
     for (int64_t j = 0; j < Vectors * Words::lanes && j < width; ++j) out[j * job.out_column] = part[j];
@@ -169,17 +204,23 @@ inline void binary_tile(const BinaryMm& job, int64_t column, int64_t row, const 
 }
 
 template <int Vectors>
-inline void binary_rows(const BinaryMm& job, int64_t column, int64_t row, int64_t end, const uint64_t* packed) {
-  for (; row + Words::rows <= end; row += Words::rows) binary_tile<Words::rows, Vectors>(job, column, row, packed);
-  for (; row < end; ++row) binary_tile<1, Vectors>(job, column, row, packed);
+inline void binary_tiles(const BinaryMm& job, int64_t row, int64_t end, const uint64_t* rows, int64_t column,
+                         const uint64_t* panel) {
+  const int64_t length = binary_units(job.words) * Words::unit + 1;
+  for (; row + Words::rows <= end; row += Words::rows, rows += Words::rows * length)
+    binary_tile<Words::rows, Vectors>(job, row, rows, column, panel);
+  for (; row < end; ++row, rows += length) binary_tile<1, Vectors>(job, row, rows, column, panel);
 }
 
-void multiply_binary(const BinaryMm& job, int64_t column, int64_t row_begin, int64_t row_end, const uint64_t* packed) {
-  if (job.columns - column <= Words::lanes) return binary_rows<1>(job, column, row_begin, row_end, packed);
-  binary_rows<2>(job, column, row_begin, row_end, packed);
+void multiply_binary(const BinaryMm& job, int64_t begin, int64_t end, const uint64_t* rows, int64_t column,
+                     const uint64_t* panel) {
+  if (job.columns - column <= Words::lanes) return binary_tiles<1>(job, begin, end, rows, column, panel);
+  binary_tiles<2>(job, begin, end, rows, column, panel);
 }
 
-constexpr LowmmKernels lowmm_kernels = {pack_signs, binary_panel, pack_binary_panel, multiply_binary};
+constexpr LowmmKernels lowmm_kernels = {
+    pack_signs, binary_panel, Words::unit, pack_binary_rows, pack_binary_panel, multiply_binary,
+};
 
 }  // namespace
 }  // namespace lowbit

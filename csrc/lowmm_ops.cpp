@@ -45,30 +45,33 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   job.b = reinterpret_cast<const uint64_t*>(right.const_data_ptr<int64_t>());
   job.out = out.mutable_data_ptr<int32_t>();
   job.rows = shape[0], job.columns = shape[1], job.words = words, job.depth = depth;
-  job.a_row = job.b_row = words, job.out_row = shape[1], job.out_column = 1;
-  // columns are laid out anew for the vectors: where there are few rows, they are the ones that cost less
-  if (job.rows <= kernels.panel_columns && job.rows < job.columns) {
+  job.out_row = shape[1], job.out_column = 1;
+  // lanes are columns: where there are few rows, let them be the columns
+  if (job.rows < kernels.binary_panel && job.rows < job.columns) {
     std::swap(job.a, job.b);
     std::swap(job.rows, job.columns);
     std::swap(job.out_row, job.out_column);
   }
-  const int64_t panels = (job.columns + kernels.panel_columns - 1) / kernels.panel_columns;
-  const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  const int64_t cuts = std::max<int64_t>(1, std::min((wanted + panels - 1) / panels, job.rows / 32));
-  const int64_t block = (job.rows + cuts - 1) / cuts;
-  const int64_t cost = std::max<int64_t>(1, block * kernels.panel_columns * words);  // words of a task
-  constexpr int64_t worth_a_thread = 1 << 16;                                        // about 10 microseconds
-  const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
-  torch::stable::parallel_for(0, panels * cuts, grain, [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> packed(size_t(words * kernels.panel_columns));
-    int64_t panel_in_place = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / cuts, row = task % cuts * block;
+  const int64_t length = (words + kernels.binary_unit - 1) / kernels.binary_unit * kernels.binary_unit + 1;
+  const int64_t panels = (job.columns + kernels.binary_panel - 1) / kernels.binary_panel;
+  std::vector<uint64_t> packed(size_t(panels * kernels.binary_panel * length));
+  const int64_t panel_words = kernels.binary_panel * length;
+  constexpr int64_t worth_a_thread = 1 << 16;  // words that are packed or multiplied, about 20 microseconds
+  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, worth_a_thread / panel_words), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      kernels.pack_binary_panel(job, panel * kernels.binary_panel, packed.data() + panel * panel_words);
+  });
+  constexpr int64_t block = 32;  // rows of a task: they stay in the first cache while the panels pass
+  const int64_t blocks = (job.rows + block - 1) / block;
+  const int64_t grain = std::max<int64_t>(1, 8 * worth_a_thread / (block * job.columns * length));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> rows(size_t(block * length));
+    for (int64_t row = begin * block; row < std::min(job.rows, end * block); row += block) {
       const int64_t row_end = std::min(job.rows, row + block);
-      if (row >= row_end) continue;
-      if (panel != panel_in_place) kernels.pack_panel(job, panel * kernels.panel_columns, packed.data());
-      panel_in_place = panel;
-      kernels.multiply(job, panel * kernels.panel_columns, row, row_end, packed.data());
+      kernels.pack_binary_rows(job, row, row_end, rows.data());
+      for (int64_t panel = 0; panel < panels; ++panel)
+        kernels.multiply_binary(job, row, row_end, rows.data(), panel * kernels.binary_panel,
+                                packed.data() + panel * panel_words);
     }
   });
   return out;
