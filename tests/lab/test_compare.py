@@ -260,7 +260,7 @@ def test_steps_are_measured_in_turn(monkeypatch):
             now[0] += cost[config] * (10 if len(order) > 40 else 1)  # the machine slows down for all
             yield
 
-    monkeypatch.setattr(compare, "_stepper", stepper)
+    monkeypatch.setattr(compare, "stepper", stepper)
     monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
     times = compare.step_times({"a": "a", "b": "b"}, None, rounds=30, budget=1e9)
     assert order == ["a", "b"] * 32

@@ -23,18 +23,21 @@ from lowbit.ops.int8_mm import int8_mm
 from lowbit.recipe import Int32
 from lowbit.rng import uniform
 
-__all__ = ["bench", "in_turn"]
+__all__ = ["bench", "in_turn", "random_images", "ratio", "times_in_turn"]
 
 SIZES = (128, 512, 1024)
 """Products of square matrices of these sizes."""
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int = 15, budget: float = 3.0) -> dict[str, dict[str, Any]]:
-    """Median time of each call, and of its ratio to the first one's in the same round; two rounds don't count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    first, began = next(iter(calls)), time.perf_counter()
+def times_in_turn(
+    calls: dict[Any, Callable[[], Any]], rounds: int = 15, budget: float = 3.0, least: int = 3
+) -> dict[Any, list[float]]:
+    """Seconds of each call in each round, after two rounds that don't count. No round begins after `budget` seconds,
+    once there are `least`."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
     for i in range(rounds + 2):
-        if i >= 5 and time.perf_counter() - began > budget:
+        if i >= least + 2 and time.perf_counter() - began > budget:
             break
         for name, call in calls.items():
             start = time.perf_counter()
@@ -43,12 +46,20 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int = 15, budget: float
                 torch.cuda.synchronize()
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(own: list[float], reference: list[float]) -> float:
+    """Median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(own, reference, strict=True))
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int = 15, budget: float = 3.0) -> dict[str, dict[str, Any]]:
+    """Median time of each call, and of its ratio to the first one's in the same round."""
+    times = times_in_turn(calls, rounds, budget)
+    first = next(iter(times.values()))
     return {
-        name: {
-            "ms": 1000 * statistics.median(own),
-            "rounds": len(own),
-            "ratio": statistics.median(a / b for a, b in zip(own, times[first], strict=True)),
-        }
+        name: {"ms": 1000 * statistics.median(own), "rounds": len(own), "ratio": ratio(own, first)}
         for name, own in times.items()
     }
 

@@ -613,15 +613,22 @@ def bench(
     methods: Annotated[str, _opt("Methods to simulate beside float32 and bfloat16.")] = "int8,luq",
     batch_size: Annotated[int, _opt("Images in a batch.")] = 32,
     rounds: Annotated[int, _opt("Rounds of each measurement at most.")] = 15,
+    rows: Annotated[Text, _opt("Measure rows of the speed table instead: names separated by commas, or all.")] = None,
+    quick: Annotated[bool, _opt("With --rows: small shapes, to see whether it runs.")] = False,
+    save: Annotated[Path | None, _opt("With --rows: write them to this file, beside the others that it holds.")] = None,
     threads: Annotated[Int, _opt("Threads of PyTorch.")] = None,
     as_json: AS_JSON = False,
 ) -> None:
     """Speed of this machine: a training step, products and operators, measured in turn.
 
-    Examples: `lowbit bench`, `lowbit bench --model resnet20 --methods int8 --threads 1 --json`
+    `--rows` measures the table of docs/speed.md instead, in minutes. Its ratios are to the first case of each part.
+
+    Examples: `lowbit bench`, `lowbit bench --model resnet20 --methods int8 --threads 1 --json`,
+    `lowbit bench --rows gpt,linear`, `lowbit bench --rows all --save results/speed.json`
     """
     import torch
 
+    from lowbit.lab import speed
     from lowbit.lab.bench import bench as measure
 
     with usage():
@@ -631,22 +638,46 @@ def bench(
         for value, what in ((batch_size, "--batch-size"), (rounds, "--rounds"), (threads or 1, "--threads")):
             if value < 1:
                 raise ValueError(f"{what} must be at least 1; got {value}")
+        if rows is None and (quick or save):
+            raise ValueError("--quick and --save go with --rows")
+        wanted = list(speed.ROWS) if rows == "all" else [n for n in (rows or "").split(",") if n]
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         with bar() as progress:
             task = progress.add_task("measuring", total=None, figures="")
+
+            def tell(what: str) -> None:
+                progress.update(task, description=what)
+
             with usage():
-                rows = measure(model, names, batch_size, rounds, lambda what: progress.update(task, description=what))
+                if rows is not None:
+                    sections = speed.measure(wanted, speed.Settings(quick, tell))
+                else:
+                    found = measure(model, names, batch_size, rounds, tell)
     finally:
         torch.set_num_threads(before)
+    if rows is not None:
+        if save is not None:
+            with usage():
+                speed.save(save, sections)
+        if as_json:
+            show_json(sections)
+            return
+        for name, section in sections.items():
+            title = f"{name}: {section['title']}"
+            if "note" in section:
+                print(f"{title}: {section['note']}")
+                continue
+            show_table(list(speed.head(section)), [list(line) for line in speed.lines(section)], title=title)
+        return
     if as_json:
         from lowbit.lab.runs import environment
 
-        show_json({"environment": environment() | {"threads": threads or before}, "rows": rows})
+        show_json({"environment": environment() | {"threads": threads or before}, "rows": found})
         return
     table, last = [], None
-    for r in rows:
+    for r in found:
         table.append(["" if r["what"] == last else r["what"], r["case"], f"{r['ms']:.3f}", f"{r['ratio']:.2f}x"])
         last = r["what"]
     show_table(["what", "case", "ms", "ratio"], table, right=("ms", "ratio"))

@@ -93,7 +93,7 @@ from lowbit.lab.runs import Run, environment, plain, read_json, read_metrics, wr
 from lowbit.methods import find
 from lowbit.quantizer import Quantizer, watching
 
-__all__ = ["SCHEMA", "compare", "key_of", "record", "step_times", "table"]
+__all__ = ["SCHEMA", "compare", "key_of", "record", "step_times", "stepper", "table"]
 
 SCHEMA = "lowbit-compare-1"
 BINS = 64
@@ -503,7 +503,7 @@ def step_times(
     Returns:
         For each name {"ms": median, "ratio": median of its time to the reference's in the same round, "rounds"}.
     """
-    steppers = {name: _stepper(config, data) for name, config in configs.items()}
+    steppers = {name: stepper(config, data) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     first = next(iter(configs))
     began = time.perf_counter()
@@ -524,8 +524,8 @@ def step_times(
     return out
 
 
-def _stepper(config: Config, data: Data) -> Iterator[None]:
-    """Makes one training step of `config` each time it is asked."""
+def stepper(config: Config, data: Data, channels_last: bool = False) -> Iterator[None]:
+    """Makes one training step of `config` each time it is asked, with images and weights in one of the two layouts."""
     device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
     model = models.build(str(config.model), data.input_shape, data.classes, seed=config.seed, **config.model_options)
     lowbit.apply(model.to(device), recipe_of(config))
@@ -536,6 +536,9 @@ def _stepper(config: Config, data: Data) -> Iterator[None]:
     model.train()
     size = int(config.batch_size or 1)
     held = [b for b, _ in zip(data.batches("train", size, limit=config.limit, device=device), range(8), strict=False)]
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        held = [(x.to(memory_format=torch.channels_last), y) for x, y in held]
     while True:
         for x, y in held:
             amp = torch.autocast(device.type, torch.bfloat16) if config.amp == "bf16" else contextlib.nullcontext()

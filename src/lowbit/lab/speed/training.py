@@ -1,0 +1,230 @@
+"""Rows of the speed table that run layers and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.lab import models
+from lowbit.lab.bench import random_images, times_in_turn
+from lowbit.lab.compare import stepper
+from lowbit.lab.loop import Config, resolve
+from lowbit.lab.models.blocks import Block, causal_mask
+from lowbit.lab.saved import saved_bytes
+from lowbit.lab.speed.table import TARGETS, Calls, Case, Settings, row
+from lowbit.methods import METHODS
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+# ---- training steps --------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Transformer blocks under a causal mask; x: (batch, tokens, dim)."""
+
+    mask: Tensor
+
+    def __init__(self, dim: int, heads: int, depth: int, tokens: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, nn.GELU()) for _ in range(depth))
+        self.register_buffer("mask", causal_mask(tokens), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask=self.mask)
+        return x
+
+
+def gpt_step(kind: str, dim: int, tokens: int, batch: int, depth: int) -> Callable[[], None]:
+    """A training step with AdamW: "int8", "float32" or "bfloat16" (autocast)."""
+    torch.manual_seed(0)
+    model = Stack(dim, max(1, dim // 64), depth, tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if kind == "int8":
+        lowbit.attach(lowbit.apply(model, lowbit.create("int8")), optimizer)
+    x, target = torch.randn(batch, tokens, dim, requires_grad=True), torch.randn(batch, tokens, dim)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
+            y = model(x)
+        F.mse_loss(y.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        x.grad = None
+
+    return step
+
+
+def gpt_shape(s: Settings) -> tuple[int, int, int, int]:
+    """dim, tokens, batch, blocks."""
+    return (64, 16, 2, 1) if s.quick else (512, 256, 8, 4)
+
+
+@row("gpt", "Training step of a GPT block stack (forward, backward, AdamW)")
+def gpt(s: Settings) -> list[Case]:
+    dim, tokens, batch, depth = gpt_shape(s)
+    what = f"{depth} blocks, d={dim}, T={tokens}, batch {batch}"
+    kinds = ("int8", "float32", "bfloat16")
+    calls: Calls = {(kind, ""): gpt_step(kind, dim, tokens, batch, depth) for kind in kinds}
+    return s.run(what, calls, TARGETS["gpt"], budget=20.0)
+
+
+def image_step(method: str, s: Settings, layout: str, amp: str = "no") -> Callable[[], None]:
+    """A training step of ResNet-20 on random 32x32 images, with the method's own optimizer."""
+    batch = 8 if s.quick else 128
+    data = random_images(batch)
+    config = Config(method=method, model="resnet20", batch_size=batch, data="images", amp=amp, device="cpu")
+    steps = stepper(resolve(config, data), data, layout == "channels-last")
+    return lambda: next(steps)
+
+
+@row("resnet20", "Training step of ResNet-20, 32x32 images, batch 128 (forward, backward, SGD)")
+def resnet20(s: Settings) -> list[Case]:
+    kinds = {"int8": ("int8", "no"), "float32": ("fp32", "no"), "bfloat16": ("fp32", "bf16")}
+    calls: Calls = {
+        (kind, layout): image_step(method, s, layout, amp)
+        for kind, (method, amp) in kinds.items()
+        for layout in LAYOUTS
+    }
+    return s.run("resnet20", calls, TARGETS["resnet20"], budget=20.0)
+
+
+@row("simulated", "Training step of ResNet-20, batch 128, with every method, against float32")
+def simulated(s: Settings) -> list[Case]:
+    calls: Calls = {}
+    for method in ["fp32", *sorted(set(METHODS) - {"fp32"})]:
+        s.tell(f"{method}: which layout is faster")
+        both: Calls = {(method, layout): image_step(method, s, layout) for layout in LAYOUTS}
+        trial = times_in_turn(both, 1, 0.0, 1)
+        at = min(both, key=lambda key: trial[key][0])
+        calls[method, at[1]] = both[at]
+    target = TARGETS["simulated"][""]
+    return s.run("resnet20", calls, {m: target for m, _ in calls if m != "fp32"}, budget=30.0)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward, with the gradients of input and weight."""
+    x = x.detach().requires_grad_()
+    error = torch.randn_like(layer(x))
+
+    def step() -> None:
+        x.grad = None
+        layer.zero_grad()
+        layer(x).backward(error)
+
+    return step
+
+
+class PointwiseLinear(nn.Conv2d):
+    """A linear layer as 1x1 convolution, which PyTorch gives to oneDNN: on some processors faster than its `mm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = input.shape
+        y = super().forward(input.view(1, 1, rows, columns).permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).reshape(rows, -1)
+
+
+def linear_calls(tokens: int, inputs: int, outputs: int) -> Calls:
+    x = torch.randn(tokens, inputs)
+    return {
+        ("int8", ""): layer_step(lowbit.apply(nn.Linear(inputs, outputs), lowbit.create("int8")), x),
+        ("float32", ""): layer_step(nn.Linear(inputs, outputs), x),
+        ("float32 by oneDNN's 1x1 convolution", ""): layer_step(PointwiseLinear(inputs, outputs, 1), x),
+        ("bfloat16", ""): layer_step(nn.Linear(inputs, outputs).bfloat16(), x.bfloat16()),
+    }
+
+
+LINEAR = ((384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768))
+"""Inputs and outputs in the blocks of ViT-S and BERT-base."""
+
+
+@row("linear", "Linear layers, 2048 tokens (forward and backward)")
+def linear(s: Settings) -> list[Case]:
+    cases = []
+    for inputs, outputs in ((32, 64),) if s.quick else LINEAR:
+        calls = linear_calls(64 if s.quick else 2048, inputs, outputs)
+        cases += s.run(f"{inputs} to {outputs}", calls, TARGETS["linear"])
+    return cases
+
+
+def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int) -> Calls:
+    calls: Calls = {}
+    for kind in ("int8", "float32", "bfloat16"):
+        for layout, order in LAYOUTS.items():
+            layer: nn.Module = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+            x = torch.randn(batch, inputs, size, size)
+            if kind == "int8":
+                layer = lowbit.apply(layer, lowbit.create("int8"))
+            elif kind == "bfloat16":
+                layer, x = layer.bfloat16(), x.bfloat16()
+            layer.to(memory_format=order)  # type: ignore[call-overload]
+            calls[kind, layout] = layer_step(layer, x.to(memory_format=order))
+    return calls
+
+
+CONV = (
+    (64, 64, 56, 3),
+    (128, 128, 28, 3),
+    (256, 256, 14, 3),
+    (512, 512, 7, 3),
+    (64, 256, 56, 1),
+    (256, 64, 56, 1),
+    (512, 128, 28, 1),
+)
+"""Inputs, outputs, pixels and kernel in the blocks of ResNet-50."""
+
+
+@row("conv", "Convolutions of ResNet-50, batch 16 (forward and backward)")
+def conv(s: Settings) -> list[Case]:
+    cases = []
+    for inputs, outputs, size, kernel in ((8, 8, 8, 3),) if s.quick else CONV:
+        calls = conv_calls(2 if s.quick else 16, inputs, outputs, size, kernel)
+        cases += s.run(f"{kernel}x{kernel}, {inputs} to {outputs}, {size}x{size}", calls, TARGETS["conv"])
+    return cases
+
+
+@row("saved", "Bytes of activations kept for the backward pass, against float32")
+def saved(s: Settings) -> list[Case]:
+    dim, tokens, batch, depth = gpt_shape(s)
+    batch -= 1  # so that no activation has the shape of a weight
+    small = s.quick
+    built: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "linear layer 768 to 3072, 2048 tokens": (lambda: nn.Linear(768, 3072), (2048, 768)),
+        "convolution 3x3, 64 to 64, 56x56, batch 16": (lambda: nn.Conv2d(64, 64, 3, padding=1), (16, 64, 56, 56)),
+        f"{depth} GPT blocks, d={dim}, T={tokens}, batch {batch}": (
+            lambda: Stack(dim, max(1, dim // 64), depth, tokens),
+            (batch, tokens, dim),
+        ),
+        f"resnet20, batch {8 if small else 128}": (
+            lambda: models.build("resnet20", (3, 32, 32), 10),
+            (8 if small else 128, 3, 32, 32),
+        ),
+    }
+    cases = []
+    for what, (build, shape) in built.items():
+        s.tell(what)
+        found = {}
+        for kind in ("float32", "int8"):
+            model = build()
+            if kind == "int8":
+                model = lowbit.apply(model, lowbit.create("int8"))
+            x = torch.randn(shape, requires_grad=True)
+            found[kind] = saved_bytes(model, lambda: model(x))  # noqa: B023
+        for part in ("activations", "layers"):
+            first = getattr(found["float32"], part)
+            if part == "layers" and "resnet" not in what:  # one layer is all; attention has products that no layer has
+                continue
+            where = what if part == "activations" else f"{what}: inputs of its linear and convolution layers"
+            for kind, one in found.items():
+                case = {"what": where, "case": kind, "bytes": getattr(one, part), "copies_of_weights": one.weights}
+                case |= {"ratio": case["bytes"] / first, "target": TARGETS["saved"].get(kind)}
+                cases.append(case)
+    return cases
