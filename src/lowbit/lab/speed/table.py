@@ -51,7 +51,7 @@ class Settings:
     def run(self, what: str, calls: Calls, targets: dict[str, dict[str, float]], budget: float = 6.0) -> list[Case]:
         """Cases of one comparison; the first call is what the others are compared with."""
         self.tell(what)
-        times = times_in_turn(calls, 2, 0.0, 2) if self.quick else times_in_turn(calls, 51, budget, 5)
+        times = times_in_turn(calls, 2, 0.0, 2) if self.quick else times_in_turn(calls, 51, budget, 3)
         best: dict[str, tuple[str, list[float]]] = {}
         for (case, layout), own in times.items():
             if case not in best or statistics.median(own) < statistics.median(best[case][1]):
