@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.ops import backends
 from lowbit.ops.int8_mm import SAFE
+from lowbit.ops.pack import SUB_BYTE
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,47 @@ def _(r: Draw) -> tuple[Any, ...]:
     if r.chance(0.01):
         m, k, n = (r.randint(100, 200) for _ in range(3))
     return r.codes(m, k), r.codes(k, n), r.choice((SAFE, SAFE, 1, 3, 16, 64))
+
+
+@generator("lowbit::pack")
+def _(r: Draw) -> tuple[Any, ...]:
+    bits = r.choice(SUB_BYTE)
+    shape = [r.randint(20_000, 50_000)] if r.chance(0.01) else [r.size(40) for _ in range(r.randint(0, 3))]
+    return r.codes(*shape, low=0, high=255 if r.chance(0.2) else (1 << bits) - 1, dtype=torch.uint8), bits
+
+
+@generator("lowbit::unpack")
+def _(r: Draw) -> tuple[Any, ...]:
+    bits = r.choice(SUB_BYTE)
+    count = r.randint(20_000, 50_000) if r.chance(0.01) else r.randint(0, 700)
+    spare = r.choice((0, 0, 1, 20))
+    return r.codes(-(-count * bits // 8) + spare, low=0, high=255, dtype=torch.uint8), bits, count
+
+
+@generator("lowbit::hadamard")
+def _(r: Draw) -> tuple[Any, ...]:
+    size = 1 << r.randint(0, 7 if r.chance(0.95) else 12)
+    blocks = r.randint(0, 4)
+    rows = r.randint(100, 300) if size <= 64 and r.chance(0.02) else r.size(17 if size < 256 else 2)
+    x = r.floats(rows, blocks * size) if r.chance(0.9) else r.floats(blocks * size)
+    signs = None
+    if r.chance(0.6):
+        signs = r.codes(r.choice((size, blocks * size)) if blocks else size, low=0, high=1).float() * 2 - 1
+    return x, size, None if signs is None else r.laid_out(signs), r.chance(0.5)
+
+
+@generator("lowbit::pack_signs")
+def _(r: Draw) -> tuple[Any, ...]:
+    return (r.floats(*[r.size(20) for _ in range(r.randint(0, 2))], r.randint(0, 300)),)
+
+
+@generator("lowbit::binary_mm")
+def _(r: Draw) -> tuple[Any, ...]:
+    m, n, depth = r.size(33), r.size(33), r.randint(0, 700)
+    if r.chance(0.02):
+        m, n, depth = r.randint(60, 130), r.randint(60, 130), r.randint(500, 1500)
+    words = [torch.ops.lowbit.pack_signs(torch.randn(rows, depth, generator=r.torch)) for rows in (m, n)]
+    return r.laid_out(words[0]), r.laid_out(words[1]), depth
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ SUB_BYTE: tuple[int, ...] = (1, 2, 3, 4, 6)
 
 def _pack_definition(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     _check_pack(codes, bits)
-    misfit = (codes >> bits).any()
+    misfit = (codes >> bits != 0).any()
     word = math.lcm(bits, 8)  # bits of a group that ends on a byte: 8 or 24
     group = word // bits  # codes in it
     low = codes.reshape(-1).to(torch.int32) & ((1 << bits) - 1)
