@@ -264,6 +264,19 @@ def test_bench(cli, monkeypatch):
         assert status == 2 and message in error
 
 
+def test_bench_rows(cli, tmp_path):
+    words = ("--rows", "linear", "--quick", "--threads", "1", "--save", "speed.json")
+    status, text, _ = cli("bench", *words)
+    assert status == 0 and "linear: Linear layers" in text and "float32" in text
+    kept = json.loads((tmp_path / "speed.json").read_text())["rows"]["linear"]
+    assert kept["environment"]["threads"] == 1 and kept["cases"][0]["case"] == "int8"
+    status, text, _ = cli("bench", *words[:5], "--json")
+    assert status == 0 and list(json.loads(text)) == ["linear"]
+    for refused, message in ((["--rows", "x"], "unknown row"), (["--quick"], "--rows")):
+        status, _, error = cli("bench", *refused)
+        assert status == 2 and message in error
+
+
 def test_tables(cli, tmp_path):
     assert cli("tables")[0] == 2  # nothing here
     (tmp_path / "README.md").write_text("<!-- table:methods -->\n<!-- /table:methods -->\n")

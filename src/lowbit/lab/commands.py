@@ -688,7 +688,7 @@ def tables(
     check: Annotated[bool, _opt("Change nothing; exit with 1 if a table is stale.")] = False,
     root: Annotated[Path, _opt("Folder with README.md, docs/ and results/.")] = Path("."),
 ) -> None:
-    """Write the tables of README.md and docs/results.md anew, from results/*.json and the registry.
+    """Write the tables of README.md and docs/ anew, from results/*.json and the registry.
 
     Examples: `lowbit tables`, `lowbit tables --check`
     """

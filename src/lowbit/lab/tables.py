@@ -4,7 +4,10 @@ A region is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`:
 
     methods        every method: paper, area, roles
     paper          what each paper reports, and the best result of that method in `results/`
-    results        one table a file of `results/`, with a heading
+    results        one table a comparison in `results/`, with a heading
+    speed          the rows with targets of `results/speed.json`, with headings
+    speed-ROW      one row of it
+    wins           sizes from which int8 wins, from its row `break_even`
     any other      the table of `results/NAME.json`
 """
 
@@ -15,30 +18,49 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lowbit.lab import speed
 from lowbit.lab.compare import shown, size_of
 from lowbit.lab.runs import read_json, replace
 from lowbit.methods import list_methods
 
 __all__ = ["FILES", "refresh", "stored"]
 
-FILES = ("README.md", "docs/results.md")
+FILES = ("README.md", "docs/results.md", "docs/speed.md")
+SPEED = "results/speed.json"
 REGION = re.compile(r"(<!-- table:(?P<name>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:([\w.-]+) -->")
 
 
 def stored(root: Path) -> dict[str, dict[str, Any]]:
-    """What `results/*.json` below `root` hold, by name.
+    """What the comparisons in `results/*.json` below `root` hold, by name.
 
     Raises:
         ValueError: a file that `lowbit compare --save` did not write.
     """
     found = {}
     for path in sorted((root / "results").glob("*.json")):
+        if path == root / SPEED:
+            continue
         data = read_json(path)
         if not isinstance(data, dict) or data.get("schema") != "lowbit-result-1":
             raise ValueError(f"{path} was not written by `lowbit compare --save`")
         found[path.stem] = data
     return found
+
+
+def measured(root: Path) -> dict[str, dict[str, Any]]:
+    """The rows of `results/speed.json` below `root`; none where there is no such file.
+
+    Raises:
+        ValueError: a file that `lowbit bench --save` did not write.
+    """
+    path = root / SPEED
+    if not path.exists():
+        return {}
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("schema") != speed.SCHEMA:
+        raise ValueError(f"{path} was not written by `lowbit bench --save`")
+    return data["rows"]
 
 
 def refresh(root: Path, check: bool = False) -> list[Path]:
@@ -50,7 +72,7 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
     Raises:
         ValueError: a region without its end, or of a name that is no table.
     """
-    results = stored(root)
+    results, rows = stored(root), measured(root)
     stale = []
     for name in FILES:
         path = root / name
@@ -61,7 +83,7 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
             raise ValueError(f"{path}: a <!-- table:NAME --> has no <!-- /table:NAME --> after it")
         new, end = "", 0
         for m in REGION.finditer(old):
-            new, end = new + old[end : m.start()] + m[1] + body(m["name"], results, path) + m[4], m.end()
+            new, end = new + old[end : m.start()] + m[1] + body(m["name"], results, rows, path) + m[4], m.end()
         new += old[end:]
         if new != old:
             stale.append(path)
@@ -70,7 +92,7 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
     return stale
 
 
-def body(name: str, results: dict[str, dict[str, Any]], path: Path) -> str:
+def body(name: str, results: dict[str, dict[str, Any]], rows: dict[str, dict[str, Any]], path: Path) -> str:
     """The Markdown of a table, ending in a newline; "" if there is nothing to show."""
     if name == "methods":
         return methods()
@@ -78,10 +100,17 @@ def body(name: str, results: dict[str, dict[str, Any]], path: Path) -> str:
         return paper(results)
     if name == "results":
         return "\n".join(f"\n### {r['title']}\n\n{result(r)}" for r in results.values())
+    if name == "speed":
+        shown_rows = [n for n in speed.ROWS if n in speed.TARGETS]
+        return "\n".join(f"\n### {speed.ROWS[n][0]}\n\n{speed_row(n, rows)}" for n in shown_rows)
+    if name.partition("-")[0] == "speed" and name.partition("-")[2] in speed.ROWS:
+        return speed_row(name.partition("-")[2], rows)
+    if name == "wins":
+        return wins(rows)
     if name not in results:
         raise ValueError(
-            f"{path}: no table {name!r}; there are methods, paper, results and the files of results/: "
-            f"{', '.join(results) or 'none yet'}"
+            f"{path}: no table {name!r}; there are methods, paper, results, speed, speed-ROW, wins and the comparisons "
+            f"in results/: {', '.join(results) or 'none yet'}"
         )
     return result(results[name])
 
@@ -164,3 +193,30 @@ def result(r: dict[str, Any]) -> str:
         f"{data['fingerprint'][:12]}."
     )
     return f"{markdown(head, rows)}\n{line} `{r['command']}`\n"
+
+
+def speed_row(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The cases of a row, and where they were measured."""
+    if name not in rows:
+        return f"Not measured yet: `lowbit bench --rows {name} --save {SPEED}`.\n"
+    section = rows[name]
+    if "note" in section:
+        return f"{section['note'].capitalize()}.\n"
+    return f"{markdown(speed.head(section), speed.lines(section))}\n{machine(section)}\n"
+
+
+def wins(rows: dict[str, dict[str, Any]]) -> str:
+    if "break_even" not in rows:
+        return speed_row("break_even", rows)
+    section = rows["break_even"]
+    head = ("forward and backward of", "int8 wins against", "from")
+    return f"{markdown(head, speed.wins_from(section))}\n{machine(section)}\n"
+
+
+def machine(section: dict[str, Any]) -> str:
+    where, threads = section["environment"], section["environment"]["threads"]
+    amx = "in use" if where["amx"] else "not in use"
+    return (
+        f"{where['cpu']}, {threads} thread{'s' if threads != 1 else ''}, AMX {amx}, "
+        f"kernels {(where['kernels'] or ['none'])[0]}, PyTorch {where['torch']}. `{section['command']}`"
+    )

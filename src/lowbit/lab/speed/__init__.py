@@ -9,6 +9,6 @@ A call that has two memory layouts is measured in both and stands in the table w
 """
 
 from lowbit.lab.speed import training, kernels, explain  # noqa: F401, I001  (they register, in the order of the table)
-from lowbit.lab.speed.table import ROWS, SCHEMA, Settings, head, lines, measure, reached, save, wins_from
+from lowbit.lab.speed.table import ROWS, SCHEMA, TARGETS, Settings, head, lines, measure, reached, save, wins_from
 
-__all__ = ["ROWS", "SCHEMA", "Settings", "head", "lines", "measure", "reached", "save", "wins_from"]
+__all__ = ["ROWS", "SCHEMA", "TARGETS", "Settings", "head", "lines", "measure", "reached", "save", "wins_from"]

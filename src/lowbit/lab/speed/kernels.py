@@ -73,3 +73,26 @@ def binary(s: Settings) -> list[Case]:
         }
         cases += s.run(f"{m}x{n}x{k}", calls, TARGETS["binary"])
     return cases
+
+
+@row("packed", "Products with packed weights, one row, against float32")
+def packed(s: Settings) -> list[Case]:
+    from lowbit.ops.packed_mm import pack_weight, packed_mm
+
+    n = 64 if s.quick else 4096
+    x, weight = torch.randn(1, n), torch.randn(n, n)
+    half = x.bfloat16(), weight.bfloat16()
+    cases = []
+    for levels, bits, count in (("int4", 4, 16), ("int2", 2, 4), ("ternary", 2, 3), ("binary", 1, 2)):
+        codes, scale = pack_weight(torch.randint(count, (n, n), dtype=torch.uint8), bits), torch.rand(n)
+        grouped = torch.rand(n, n // 32)
+        use = partial(packed_mm, x, codes, levels=levels)
+        calls: Calls = {
+            ("int8 activations", ""): partial(use, scale=scale, activations="int8"),
+            ("float activations", ""): partial(use, scale=scale),
+            ("float activations, groups of 32", ""): partial(use, scale=grouped, group=32),
+            ("float32", ""): partial(torch.nn.functional.linear, x, weight),
+            ("bfloat16", ""): partial(torch.nn.functional.linear, *half),
+        }
+        cases += s.run(f"{levels} weights, {n}x{n}", calls, TARGETS["packed"], budget=3.0)
+    return cases

@@ -195,17 +195,21 @@ def conv(s: Settings) -> list[Case]:
 def saved(s: Settings) -> list[Case]:
     dim, tokens, batch, depth = gpt_shape(s)
     batch -= 1  # so that no activation has the shape of a weight
-    small = s.quick
+    images, rows = (1, 64) if s.quick else (16, 2048)
+    small = 8 if s.quick else 128
     built: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-        "linear layer 768 to 3072, 2048 tokens": (lambda: nn.Linear(768, 3072), (2048, 768)),
-        "convolution 3x3, 64 to 64, 56x56, batch 16": (lambda: nn.Conv2d(64, 64, 3, padding=1), (16, 64, 56, 56)),
+        f"linear layer 768 to 3072, {rows} tokens": (lambda: nn.Linear(768, 3072), (rows, 768)),
+        f"convolution 3x3, 64 to 64, 56x56, batch {images}": (
+            lambda: nn.Conv2d(64, 64, 3, padding=1),
+            (images, 64, 56, 56),
+        ),
         f"{depth} GPT blocks, d={dim}, T={tokens}, batch {batch}": (
             lambda: Stack(dim, max(1, dim // 64), depth, tokens),
             (batch, tokens, dim),
         ),
-        f"resnet20, batch {8 if small else 128}": (
+        f"resnet20, batch {small}": (
             lambda: models.build("resnet20", (3, 32, 32), 10),
-            (8 if small else 128, 3, 32, 32),
+            (small, 3, 32, 32),
         ),
     }
     cases = []
