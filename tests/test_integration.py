@@ -140,7 +140,7 @@ def test_the_products_of_every_attention_layer_are_quantized_and_reported(name):
     model = lowbit.apply(copy.deepcopy(plain), ATTENTION)
     layers = [n for n in layers_of(model)]
     assert len(layers) == 4 and all(n.endswith((".scores", ".context")) for n in layers)
-    rows = [r for r in lowbit.report(model, batch(name)).rows if r.kind == "attention"]
+    rows = [r for r in lowbit.report(model, batch(name)).rows if r.kind == "attention" and r.role in "WAE"]
     assert len(rows) == 12 and all(r.bits == 8 and r.sqnr > 20 for r in rows)
     a, b = plain(**batch(name)).logits, model(**batch(name)).logits
     assert 1e-6 < float((a - b).abs().max() / a.abs().max()) < 0.05

@@ -468,7 +468,7 @@ def test_report_measures_each_tensor():
     state = copy.deepcopy(model.state_dict())
     rows = {(r.layer, r.role): r for r in lowbit.report(model, X).rows}
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
-    assert set(rows) == {(n, r) for n in "0245" for r in "WAEG"}
+    assert set(rows) == {(n, r) for n in "0245" for r in (*"WAEG", "out", "grad_a", "grad_w")}
     w = model[4].weight.detach().double()
     step = w.abs().max() / 7
     noise = (w - (w / step).round() * step).square().sum()
@@ -476,7 +476,7 @@ def test_report_measures_each_tensor():
     assert rows["4", "W"].scale == pytest.approx(float(step), rel=1e-6) and rows["4", "W"].clipped == 0
     assert 20 < rows["4", "A"].sqnr < 60 and rows["4", "G"].sqnr == rows["4", "G"].sqnr
     text = str(lowbit.report(model))
-    assert text.startswith("recipe r") and len(text.splitlines()) == 2 + 16
+    assert text.startswith("recipe r") and len(text.splitlines()) == 2 + 28
 
 
 def test_report_of_attention_has_its_projections_and_products():

@@ -23,7 +23,7 @@ from .recipe import Chunked, Float32, Int32, Keep
 if TYPE_CHECKING:
     from .layers import LayerQuant, Run
 
-__all__ = ["OPERANDS", "Codes", "IntegerProduct", "executions", "fast_products", "integer_product", "plan"]
+__all__ = ["OPERANDS", "Codes", "IntegerProduct", "describe", "executions", "fast_products", "integer_product", "plan"]
 
 OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
 FAST = ("avx512amx", "avx512vnni")
@@ -114,6 +114,25 @@ def plan(layer: LayerQuant, weight_dims: int, needed: list[str]) -> Plan | None:
             else:
                 found[which] = "values"
     return found
+
+
+def describe(layer: LayerQuant, weight_dims: int) -> dict[str, str]:
+    """How each product of a layer runs at its present stage, in words."""
+    reasons = executions(layer, weight_dims)
+    if layer.kind == "embedding":
+        return {}
+    blocking = next((f"{which}: {reason}" for which, reason in reasons.items() if reason), "the gradient rule")
+    codes = "int8 codes, int32 sums"
+    if plan(layer, weight_dims, list(OPERANDS)) is None and not reasons["out"]:
+        codes = f"int8 codes in evaluation, real values in training ({blocking})"
+    return {
+        which: f"real values: {reason}"
+        if reason
+        else codes
+        if which == "out" or "in evaluation" not in codes
+        else "real values: the layer's other products need them"
+        for which, reason in reasons.items()
+    }
 
 
 def _on_raw(layer: LayerQuant, which: str) -> bool:

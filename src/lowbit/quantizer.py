@@ -287,7 +287,7 @@ class Quantizer(nn.Module):
             return f"kind {self.spec.kind!r} is no plain symmetric grid"
         for fmt in (self.spec.format, self.spec.unsigned):
             if fmt is not None and not (isinstance(fmt, Int) and fmt.min >= -128 and fmt.max <= 127):
-                return f"the codes of {fmt} are not int8"
+                return f"codes of {type(fmt).__name__} with {fmt.bits} bits are not int8"
         how: Scale = self.spec.scale
         while isinstance(how, (PowerOfTwo, Average, History)):
             how = how.inner

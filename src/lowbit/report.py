@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .attention import QMultiheadAttention
 from .backward import Coded
 from .control import control_of, layers_of
+from .integer import describe
 from .layers import LayerQuant, Quantized
 from .quantizer import Quantizer, watching
 from .recipe import Chunked
@@ -29,8 +30,8 @@ class Row:
     layer: str
     kind: str
     role: str
-    """W, A, E, G, U, `result`, `states` (of the optimizer), or the operand of a product such as `grad_w_right`; `-` for
-    a layer left in float."""
+    """W, A, E, G, U, `result`, `states` (of the optimizer), or the operand of a product such as `grad_w_right`; a
+    product (`out`, `grad_a`, `grad_w`), whose format is that of its sums; `-` for a layer left in float."""
     format: str
     bits: float
     """Stored bits of an element, 32 for float."""
@@ -43,7 +44,7 @@ class Row:
     zero: float = math.nan
     """Fraction of elements that became 0 and were not."""
     note: str = ""
-    """Why a layer is in float; which accumulator a product has."""
+    """Why a layer is in float; how a product runs, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,7 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
     control = control_of(model)
     tallies = _measure(model, batch, loss)
     rows: list[Row] = []
+    dims = {id(layer): weight.dim() for layer, weight, _ in _weights(model)}
     for name, layer in layers_of(model).items():
         for slot, quant in layer.slots.items():
             assert isinstance(quant, Quantizer)
@@ -143,11 +145,15 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
             rows.append(
                 Row(name, layer.kind, slot, str(quant.spec.format), float(quant.spec.format.bits), note=note, **figures)
             )
-        for which in ("out", "grad_a", "grad_w"):
-            how = getattr(layer.products, which).accumulator
-            if how is not None:
-                bits = float(how.format.bits) if isinstance(how, Chunked) else 32.0
-                rows.append(Row(name, layer.kind, which, "accumulator", bits, note=str(how)))
+        for which, how in describe(layer, dims.get(id(layer), 2)).items():
+            chunked = getattr(layer.products, which).accumulator
+            if isinstance(chunked, Chunked):
+                rows.append(
+                    Row(name, layer.kind, which, str(chunked.format), float(chunked.format.bits), note=str(chunked))
+                )
+            else:
+                sums = "int32" if how.startswith("int8 codes, ") else "float32"
+                rows.append(Row(name, layer.kind, which, sums, 32.0, note=how))
     rows += [Row(left.name, "other", "-", "float", 32.0, note=f"{left.type}: {left.reason}") for left in control.left]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     place = {name: order.get(name, order.get(name.rsplit(".", 1)[0], 0)) for name in (r.layer for r in rows)}

@@ -1,0 +1,149 @@
+"""Integer execution: equal to the products of decoded values, what it keeps, when it is chosen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import AbsMax, Float32, Int, Int32, MinMax, PerRow, Product, Products, QSpec, Recipe, Roles
+from lowbit.integer import executions
+from lowbit.layers import LayerQuant
+from lowbit.model import layers_of
+
+LAYERS = {
+    "linear": (nn.Linear(40, 24), (6, 5, 40)),
+    "linear without bias": (nn.Linear(7, 3, bias=False), (4, 7)),
+    "conv": (nn.Conv2d(8, 16, 3, padding=1), (3, 8, 9, 9)),
+    "conv strided": (nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), (2, 3, 11, 8)),
+    "conv dilated in groups": (nn.Conv2d(8, 12, (3, 2), padding=(2, 0), dilation=(2, 1), groups=4), (2, 8, 7, 9)),
+    "depthwise": (nn.Conv2d(16, 16, 3, padding=1, groups=16), (2, 16, 6, 6)),
+    "pointwise": (nn.Conv2d(32, 8, 1), (2, 32, 5, 5)),
+    "conv1d": (nn.Conv1d(6, 10, 5, stride=2, padding=2), (3, 6, 21)),
+    "transposed": (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 6, 5, 4)),
+}
+
+
+def sides(layer: nn.Module, x: Tensor, decoded: bool) -> list[Tensor]:
+    """Output and gradients; `decoded` forms real values first, as a layer that is being watched does."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    lowbit.apply(model, lowbit.create("int8", accumulate="int32"))
+    if decoded:
+        for q in layers_of(model)["0"].slots.values():
+            q.watch = lambda *_: None  # type: ignore[union-attr,assignment]
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels last"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_of_codes_equal_those_of_decoded_values(name: str, memory: str) -> None:
+    torch.manual_seed(0)
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape)
+    if memory == "channels last":
+        if len(shape) != 4:
+            pytest.skip("images only")
+        x = x.to(memory_format=torch.channels_last)
+    for integer, decoded in zip(sides(layer, x, False), sides(layer, x, True), strict=True):
+        # the scales multiply in float32 on both sides; a gradient of a bias is a float sum
+        torch.testing.assert_close(integer, decoded, rtol=1e-6, atol=1e-6 * float(decoded.abs().max()))
+
+
+def products_of(recipe: Recipe, module: nn.Module) -> dict[str, str]:
+    model = lowbit.apply(nn.Sequential(module), recipe)
+    layer = layers_of(model)["0"]
+    assert isinstance(layer, LayerQuant)
+    return executions(layer, model[0].weight.dim())
+
+
+PLAIN = Products()
+
+
+def recipe(products: Products = PLAIN, **roles: Any) -> Recipe:
+    return Recipe("r", Roles(**roles), products)
+
+
+INT8 = QSpec(Int(8, narrow=True), scale=AbsMax(127))
+SUMS = Products(Product(accumulator=Int32()), Product(accumulator=Int32()), Product(accumulator=Int32()))
+
+
+@pytest.mark.parametrize(
+    "given, reasons",
+    [
+        (recipe(SUMS, W=INT8, A=INT8, E=INT8), ("", "", "")),
+        (recipe(SUMS, W=INT8, A=INT8), ("", "E is float", "E is float")),
+        (
+            recipe(SUMS, W=INT8, A=QSpec(Int(8, signed=False), scale=AbsMax(255)), E=INT8),
+            ("A: codes of Int with 8 bits are not int8", "", "A: codes of Int"),
+        ),
+        (
+            recipe(SUMS, W=INT8, A=QSpec(Int(8), PerRow(), AbsMax(127)), E=INT8),
+            ("", "", "A: the scales of PerRow() are not constant along the summed axis"),
+        ),
+        (
+            recipe(Products(out=Product(accumulator=Float32())), W=INT8, A=INT8, E=INT8),
+            ("the recipe asks for float32 sums", None, None),
+        ),
+        (recipe(SUMS, W=INT8, A=QSpec(Int(8), scale=MinMax(255)), E=INT8), ("A: there is a zero point", "", None)),
+        (lowbit.create("psq"), ("A: codes of Int with 8 bits are not int8", "E: kind 'psq' is no plain", None)),
+        (lowbit.create("bhq"), (None, "E: kind 'bhq' is no plain symmetric grid", None)),
+        (lowbit.create("fp8"), ("chunked accumulator",) * 3),
+    ],
+)
+def test_a_product_that_does_not_run_on_codes_says_why(given: Recipe, reasons: tuple[str | None, ...]) -> None:
+    found = products_of(given, nn.Linear(8, 4))
+    for reason, actual in zip(reasons, found.values(), strict=True):
+        assert reason is None or actual.startswith(reason) and (actual == "") == (reason == ""), found
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes of activations that autograd keeps, parameters and their copies not counted."""
+    weights = {p.data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in weights:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(storages.values())
+
+
+def test_autograd_keeps_a_quarter_of_the_activation() -> None:
+    layer, x = nn.Linear(512, 512), torch.randn(256, 512, requires_grad=True)
+    model = lowbit.apply(nn.Sequential(copy.deepcopy(layer)), lowbit.create("int8", accumulate="int32"))
+    assert kept(layer, x) == 4 * x.numel()
+    assert kept(model, x) <= 0.27 * 4 * x.numel()
+
+
+def test_evaluation_runs_on_codes_where_training_does_not() -> None:
+    """luq has 4-bit W and A but a logarithmic E: training needs real values for its backward products."""
+    model = lowbit.apply(nn.Sequential(nn.Linear(16, 8)), lowbit.create("luq", quantize_ends=True))
+    x = torch.randn(5, 16)
+    trained = model(x)
+    assert type(trained.grad_fn).__name__ != "IntegerProductBackward"
+    model.eval()
+    y = model(x)
+    if lowbit.integer.fast_products():
+        assert type(y.grad_fn).__name__ == "IntegerProductBackward"
+    y.square().sum().backward()  # its backward products quantize anew
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_results_are_the_float32_ones_rounded() -> None:
+    model = lowbit.apply(nn.Sequential(nn.Linear(64, 32)), lowbit.create("int8", accumulate="int32")).eval()
+    x = torch.randn(9, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    with torch.no_grad():
+        assert half.dtype == torch.bfloat16 and torch.equal(half, model(x).bfloat16())
