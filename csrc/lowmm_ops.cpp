@@ -1,4 +1,4 @@
-// lowbit::pack_signs and lowbit::binary_mm as PyTorch operators.
+// lowbit::pack_signs, binary_mm, packed_mm and packed_mm_int8 as PyTorch operators.
 #include "library.h"
 
 #include <algorithm>
@@ -77,9 +77,113 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   return out;
 }
 
+// What both products with packed weights have in common; `lane` keeps the table that the job points to.
+lowbit::PackedMm packed_job(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t bits, int64_t group,
+                            std::vector<int32_t>& lane) {
+  STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4, "packed weights have 1, 2 or 4 bits, got ", bits);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 2, "packed_mm needs x (M, K) of float32");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.dim() == 2 && scale.scalar_type() == ScalarType::Float,
+                  "packed_mm needs a weight (N, bytes) of uint8 and a scale of float32");
+  lowbit::PackedMm job = {};
+  job.rows = x.size(0), job.depth = x.size(1), job.columns = weight.size(0), job.bits = bits;
+  STD_TORCH_CHECK(job.depth <= int64_t(1) << 20, "packed_mm adds up to 2^20 products, got ", job.depth);
+  job.weight_bytes = weight.size(1);
+  STD_TORCH_CHECK(job.weight_bytes == (job.depth + 31) / 32 * 4 * bits, "a row of ", job.depth, " codes of ", bits,
+                  " bits is ", (job.depth + 31) / 32 * 4 * bits, " bytes, got ", job.weight_bytes);
+  job.runs = (job.weight_bytes + 63) / 64;
+  STD_TORCH_CHECK(group >= 0 && group % 32 == 0, "group must be 0 or a multiple of 32, got ", group);
+  job.groups = group == 0 ? 1 : (job.depth + group - 1) / group;
+  STD_TORCH_CHECK(scale.numel() == job.columns * job.groups, "packed_mm needs ", job.groups, " scales for a row");
+  const int64_t codes = 32 / bits, run = 16 * codes;
+  job.segment = group == 0 ? std::max<int64_t>(1, job.runs) : group % run == 0 ? group / run : 1;
+  if (group == 0) return job;
+  lane.resize(size_t(16 * ((job.runs + job.segment - 1) / job.segment)));
+  for (int64_t i = 0; i < int64_t(lane.size()); ++i) {
+    const int64_t first = (i / 16 * job.segment * 16 + i % 16) * codes;  // code of the lane in the segment
+    lane[size_t(i)] = int32_t(std::min(first / group, job.groups - 1));
+  }
+  job.lane = lane.data();
+  return job;
+}
+
+// Work as (begin, end) of the job's columns. They are given out in blocks: a column is a row of weights in memory.
+template <class F>
+void over_columns(const lowbit::PackedMm& job, const F& multiply) {
+  constexpr int64_t block = 16, worth_a_thread = 1 << 18;  // multiply-adds, about 20 microseconds
+  const int64_t cost = std::max<int64_t>(1, job.depth * job.rows * block);
+  torch::stable::parallel_for(0, (job.columns + block - 1) / block, std::max<int64_t>(1, worth_a_thread / cost),
+                              [&](int64_t begin, int64_t end) { multiply(begin * block, std::min(job.columns, end * block)); });
+}
+
+template <class F>
+void over_rows(const lowbit::PackedMm& job, const F& fill) {
+  constexpr int64_t worth_a_thread = 1 << 14;  // activations, about 10 microseconds
+  torch::stable::parallel_for(0, job.rows, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, job.depth)), fill);
+}
+
+Tensor packed_mm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& levels, int64_t group) {
+  const lowbit::LowmmKernels& kernels = lowbit::kernels().lowmm;
+  const int64_t count = levels.numel();
+  STD_TORCH_CHECK(levels.scalar_type() == ScalarType::Float && (count == 2 || count == 4 || count == 16),
+                  "packed_mm needs 2, 4 or 16 levels of float32, got ", count);
+  std::vector<int32_t> lane;
+  lowbit::PackedMm job = packed_job(x, weight, scale, count == 2 ? 1 : count == 4 ? 2 : 4, group, lane);
+  const int64_t shape[2] = {job.rows, job.columns};
+  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
+  if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
+  if (job.depth == 0 || out.numel() == 0) return out;
+  const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
+               s = torch::stable::contiguous(scale), l = torch::stable::contiguous(levels);
+  float table[16];
+  for (int64_t i = 0; i < 16; ++i) table[i] = l.const_data_ptr<float>()[i % count];
+  job.weight = w.const_data_ptr<uint8_t>(), job.scale = s.const_data_ptr<float>(), job.levels = table;
+  job.out = out.mutable_data_ptr<float>();
+  const int64_t length = job.runs * 16 * (32 / job.bits);
+  std::vector<float> laid(size_t(job.rows * length));
+  const float* data = a.const_data_ptr<float>();
+  over_rows(job, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) kernels.fill_floats(job, data + row * job.depth, laid.data() + row * length);
+  });
+  job.x = laid.data();
+  over_columns(job, [&](int64_t begin, int64_t end) { kernels.multiply_floats(job, begin, end); });
+  return out;
+}
+
+Tensor packed_mm_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, int64_t bits, int64_t offset,
+                      int64_t group) {
+  const lowbit::LowmmKernels& kernels = lowbit::kernels().lowmm;
+  std::vector<int32_t> lane;
+  lowbit::PackedMm job = packed_job(x, weight, scale, bits, group, lane);
+  STD_TORCH_CHECK(offset >= 0 && offset < int64_t(1) << bits, "offset must be a code, got ", offset);
+  const int64_t shape[2] = {job.rows, job.columns};
+  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
+  if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
+  if (job.depth == 0 || out.numel() == 0) return out;
+  const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
+               s = torch::stable::contiguous(scale);
+  job.weight = w.const_data_ptr<uint8_t>(), job.scale = s.const_data_ptr<float>();
+  job.out = out.mutable_data_ptr<float>();
+  const int64_t length = job.runs * 16 * (32 / bits), sums = (job.runs + job.segment - 1) / job.segment * 16;
+  std::vector<int8_t> codes(size_t(job.rows * length));
+  std::vector<int32_t> base(size_t(job.rows * sums));
+  std::vector<float> code_scale(static_cast<size_t>(job.rows));
+  const float* data = a.const_data_ptr<float>();
+  over_rows(job, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> scratch(static_cast<size_t>(length));
+    for (int64_t row = begin; row < end; ++row)
+      kernels.fill_codes(job, data + row * job.depth, offset, scratch.data(), codes.data() + row * length,
+                         base.data() + row * sums, code_scale.data() + row);
+  });
+  job.codes = codes.data(), job.base = base.data(), job.code_scale = code_scale.data();
+  over_columns(job, [&](int64_t begin, int64_t end) { kernels.multiply_codes(job, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("pack_signs", TORCH_BOX(&pack_signs));
   m.impl("binary_mm", TORCH_BOX(&binary_mm));
+  m.impl("packed_mm", TORCH_BOX(&packed_mm));
+  m.impl("packed_mm_int8", TORCH_BOX(&packed_mm_int8));
 }
