@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "cast.h"
 #include "chunked_mm.h"
 #include "hadamard.h"
 #include "lowmm.h"
@@ -23,6 +24,7 @@ struct Kernels {
   HadamardKernels hadamard;
   LowmmKernels lowmm;
   PackingKernels packing;
+  CastKernels cast;
 };
 
 const Kernels& portable_kernels();

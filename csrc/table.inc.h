@@ -6,12 +6,14 @@
 #include "lowmm.inc.h"
 #include "packing.inc.h"
 #include "uniform.inc.h"
+#include "cast.inc.h"  // after uniform.inc.h, which it needs
 
 namespace lowbit {
 namespace {
 
 constexpr Kernels make_table(const char* name) {
-  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels, lowmm_kernels, packing_kernels};
+  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels,
+          lowmm_kernels, packing_kernels, cast_kernels};
 }
 
 }  // namespace

@@ -30,11 +30,10 @@ void philox_block(uint64_t block, const uint32_t key[2], const uint32_t high[2],
 #if defined(LOWBIT_VECTOR_WORDS)
 // The same for several counters at once. A word lives in the low half of a 64-bit lane; what the high half holds does
 // not matter, because the widening product reads the low half only.
-inline void philox_blocks(uint64_t block, const uint32_t key[2], const uint32_t high[2], float* out) {
+inline void philox_words(Vec::Words counters, const uint32_t key[2], const uint32_t high[2], Vec::Words words[4]) {
   using W = Vec::Words;
   const W m0 = W::set(philox_m0), m1 = W::set(philox_m1);
-  const W index = W::range(block);
-  W c0 = index, c1 = W::high(index), c2 = W::set(high[0]), c3 = W::set(high[1]);
+  W c0 = counters, c1 = W::high(counters), c2 = W::set(high[0]), c3 = W::set(high[1]);
   uint32_t k0 = key[0], k1 = key[1];
   for (int r = 0; r < philox_rounds; ++r) {
     const W p0 = W::product(c0, m0), p1 = W::product(c2, m1);
@@ -45,7 +44,14 @@ inline void philox_blocks(uint64_t block, const uint32_t key[2], const uint32_t 
     k0 += philox_w0;
     k1 += philox_w1;
   }
-  W::store_uniform(out, c0, c1, c2, c3);
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// uniforms of the blocks from `block` on
+inline void philox_blocks(uint64_t block, const uint32_t key[2], const uint32_t high[2], float* out) {
+  Vec::Words words[4];
+  philox_words(Vec::Words::range(block), key, high, words);
+  Vec::Words::store_uniform(out, words[0], words[1], words[2], words[3]);
 }
 #endif
 

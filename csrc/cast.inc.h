@@ -1,0 +1,536 @@
+// lowbit::cast: t = x / scale + zero, rounded to the grid, back to (grid - zero) * scale. Every operation is rounded by
+// itself, as in the definition.
+//
+// The rounding rules are written once, for lanes of float: sixteen with AVX-512, otherwise one at a time.
+#pragma once
+
+#include <string.h>
+
+namespace lowbit {
+namespace {
+
+#if defined(__AVX512F__)
+struct Lanes {
+  static constexpr int64_t count = 16;
+  typedef __m512 F;
+  struct I { __m512i v; };
+  typedef __mmask16 Mask;
+
+  static Mask first(int64_t n) { return Mask((1u << n) - 1); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const float* p, Mask k) { return _mm512_maskz_loadu_ps(k, p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(float* p, F v, Mask k) { _mm512_mask_storeu_ps(p, k, v); }
+  // integers in [-128, 127], NaN is 0
+  static void store(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, bytes(v)); }
+  static void store(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, bytes(v)); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static I set(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F truncate(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+  static F half_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F smaller(F a, F b) { return _mm512_min_ps(a, b); }  // b where one is NaN
+  static F larger(F a, F b) { return _mm512_max_ps(a, b); }   // b where one is NaN
+  static Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Mask equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static Mask is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  static Mask odd(I a, I bit) { return _mm512_test_epi32_mask(a.v, bit.v); }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  static F where(Mask k, F yes, F no) { return _mm512_mask_blend_ps(k, no, yes); }
+  static F copysign(F size, F sign) {
+    const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+    return real({_mm512_ternarylogic_epi32(bit, bits(sign).v, bits(size).v, 0xca)});
+  }
+  static F abs(F x) { return real({_mm512_and_si512(bits(x).v, _mm512_set1_epi32(INT32_MAX))}); }
+  static I bits(F x) { return {_mm512_castps_si512(x)}; }
+  static F real(I x) { return _mm512_castsi512_ps(x.v); }
+  static I whole(F x) { return {_mm512_cvttps_epi32(x)}; }
+  static I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  static I bit_and(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+  static I larger(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  static I add_where(Mask k, I a, I b) { return {_mm512_mask_add_epi32(a.v, k, a.v, b.v)}; }
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  static float smallest(F x) { return _mm512_reduce_min_ps(x); }
+  static int32_t largest(I x) { return _mm512_reduce_max_epi32(x.v); }
+  static bool any(Mask k) { return k != 0; }
+
+  // a table in registers where it has 16 or 32 entries
+  template <int64_t entries>
+  struct Table {
+    const float* p;
+    explicit Table(const float* table) : p(table) {}
+    F operator[](I i) const { return _mm512_i32gather_ps(i.v, p, 4); }
+  };
+
+ private:
+  static __m128i bytes(F v) {
+    return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
+  }
+};
+template <>
+struct Lanes::Table<16> {
+  F a;
+  explicit Table(const float* table) : a(load(table)) {}
+  F operator[](I i) const { return _mm512_permutexvar_ps(i.v, a); }
+};
+template <>
+struct Lanes::Table<32> {
+  F a, b;
+  explicit Table(const float* table) : a(load(table)), b(load(table + 16)) {}
+  F operator[](I i) const { return _mm512_permutex2var_ps(a, i.v, b); }
+};
+#else
+struct Lanes {
+  static constexpr int64_t count = 1;
+  typedef float F;
+  typedef int32_t I;
+  typedef bool Mask;
+
+  static Mask first(int64_t) { return true; }
+  static F load(const float* p) { return *p; }
+  static F load(const float* p, Mask) { return *p; }
+  static void store(float* p, F v) { *p = v; }
+  static void store(float* p, F v, Mask) { *p = v; }
+  static void store(int8_t* p, F v) { *p = v == v ? int8_t(v) : int8_t(0); }
+  static void store(int8_t* p, F v, Mask) { store(p, v); }
+  static F set(float x) { return x; }
+  static I set(int32_t x) { return x; }
+  static F floor(F x) { return __builtin_floorf(x); }
+  static F truncate(F x) { return __builtin_truncf(x); }
+  static F half_even(F x) { return __builtin_rintf(x); }
+  static F smaller(F a, F b) { return a < b ? a : b; }
+  static F larger(F a, F b) { return a > b ? a : b; }
+  static Mask less(F a, F b) { return a < b; }
+  static Mask at_least(F a, F b) { return a >= b; }
+  static Mask equal(F a, F b) { return a == b; }
+  static Mask is_nan(F a) { return a != a; }
+  static Mask odd(I a, I bit) { return (a & bit) != 0; }
+  static Mask both(Mask a, Mask b) { return a && b; }
+  static Mask either(Mask a, Mask b) { return a || b; }
+  static F where(Mask k, F yes, F no) { return k ? yes : no; }
+  static F copysign(F size, F sign) { return __builtin_copysignf(size, sign); }
+  static F abs(F x) { return __builtin_fabsf(x); }
+  static I bits(F x) { I i; memcpy(&i, &x, sizeof i); return i; }
+  static F real(I i) { F x; memcpy(&x, &i, sizeof x); return x; }
+  static I whole(F x) { return x == x ? I(x) : 0; }
+  static I add(I a, I b) { return I(uint32_t(a) + uint32_t(b)); }
+  static I sub(I a, I b) { return I(uint32_t(a) - uint32_t(b)); }
+  static I bit_and(I a, I b) { return a & b; }
+  static I larger(I a, I b) { return a > b ? a : b; }
+  static I add_where(Mask k, I a, I b) { return k ? a + b : a; }
+  static float largest(F x) { return x; }
+  static float smallest(F x) { return x; }
+  static int32_t largest(I x) { return x; }
+  static bool any(Mask k) { return k; }
+
+  template <int64_t entries>
+  struct Table {
+    const float* p;
+    explicit Table(const float* table) : p(table) {}
+    F operator[](I i) const { return p[i]; }
+  };
+};
+#endif
+
+// ---- rounding rules: t in grid units, u uniform -----------------------------------------------------------------------
+
+using LaneF = Lanes::F;
+using LaneI = Lanes::I;
+
+constexpr int32_t exponent_bits = 0x7f800000;
+
+inline LaneF cut(LaneF x, LaneF low, LaneF high) { return Lanes::smaller(high, Lanes::larger(low, x)); }  // keeps NaN
+
+template <CastRounding rounding>
+inline LaneF round_whole(LaneF t, LaneF u) {
+  using L = Lanes;
+  const LaneF one = L::set(1.0f), none = L::set(0.0f), half = L::set(0.5f);
+  if constexpr (rounding == CastRounding::half_even) return L::half_even(t);
+  if constexpr (rounding == CastRounding::floor) return L::floor(t);
+  if constexpr (rounding == CastRounding::truncate) return L::truncate(t);
+  if constexpr (rounding == CastRounding::stochastic) {
+    const LaneF below = L::floor(t);
+    return below + L::where(L::less(u, t - below), one, none);
+  }
+  const LaneF whole = L::truncate(t), rest = t - whole;
+  const auto up = rounding == CastRounding::half_down ? L::less(half, rest) : L::at_least(rest, half);
+  const auto down = rounding == CastRounding::half_up ? L::less(rest, L::set(-0.5f)) : L::at_least(L::set(-0.5f), rest);
+  return whole + L::where(up, one, none) - L::where(down, one, none);
+}
+
+template <CastRounding rounding>
+struct RoundInteger {
+  LaneF low, high, up, down;
+  explicit RoundInteger(const CastFormat& f)
+      : low(Lanes::set(f.low)), high(Lanes::set(f.high)), up(Lanes::set(f.up)), down(Lanes::set(f.down)) {}
+  LaneF operator()(LaneF t, LaneF u) const {
+    return (round_whole<rounding>(cut(t * up, low, high), u) + Lanes::set(0.0f)) * down;  // -0 becomes +0
+  }
+};
+
+// between the odd integers low and low + 2
+template <CastRounding rounding>
+struct RoundEven {
+  LaneF low, high;
+  explicit RoundEven(const CastFormat& f) : low(Lanes::set(f.low)), high(Lanes::set(f.high)) {}
+  LaneF operator()(LaneF t, LaneF u) const {
+    using L = Lanes;
+    const LaneF one = L::set(1.0f), two = L::set(2.0f), half = L::set(0.5f), none = L::set(0.0f);
+    const LaneF x = cut(t, low, high);
+    const LaneF below = two * L::floor((L::floor(x) - one) * half) + one, above = below + two, middle = below + one;
+    LaneF y;
+    if constexpr (rounding == CastRounding::stochastic) {
+      y = L::where(L::less(u, (x - below) * half), above, below);
+    } else if constexpr (rounding == CastRounding::floor) {
+      y = L::where(L::at_least(x, above), above, below);
+    } else if constexpr (rounding == CastRounding::truncate) {
+      const auto positive = L::either(L::less(below, none), L::at_least(x, above));
+      const auto negative = L::both(L::at_least(none, above), L::less(below, x));
+      const auto sign = L::at_least(x, none);
+      y = L::where(sign, L::where(positive, above, below), L::where(negative, above, below));
+    } else {
+      auto up = L::less(middle, x);
+      const auto tie = L::equal(x, middle);
+      if constexpr (rounding == CastRounding::half_even) {
+        const LaneI code = L::whole((below + high) * half);
+        up = L::either(up, L::both(tie, L::odd(code, L::set(1))));
+      } else if constexpr (rounding == CastRounding::half_away) {
+        up = L::either(up, L::both(tie, L::at_least(x, none)));
+      } else if constexpr (rounding == CastRounding::half_up) {
+        up = L::either(up, tie);
+      }
+      y = L::where(L::equal(x, none), one, L::where(up, above, below));
+    }
+    return L::where(L::is_nan(t), t, y);
+  }
+};
+
+// The step is that of the binade, 2^-mantissa of its power of two. To nearest, the processor's own rounding falls on
+// the step when a number of the right size is added and subtracted.
+template <CastRounding rounding>
+struct RoundFloat {
+  LaneF low, high;
+  LaneI lowest, shift;
+  bool minus_zero;
+  explicit RoundFloat(const CastFormat& f)
+      : low(Lanes::set(f.low)),
+        high(Lanes::set(f.high)),
+        lowest(Lanes::set(f.lowest_power)),
+        shift(Lanes::set(rounding == CastRounding::stochastic ? f.mantissa << 23
+                                                              : ((23 - f.mantissa) << 23) + (1 << 22))),
+        minus_zero(f.minus_zero) {}
+  LaneF operator()(LaneF t, LaneF u) const {
+    using L = Lanes;
+    const LaneF x = cut(t, low, high);
+    const LaneI power = L::larger(L::bit_and(L::bits(x), L::set(exponent_bits)), lowest);
+    LaneF y;
+    if constexpr (rounding == CastRounding::stochastic) {
+      const LaneI step = L::sub(power, shift);
+      const LaneF inverse = L::real(L::sub(L::set(254 << 23), step));  // a power of two, and normal: so is the inverse
+      y = cut(round_whole<rounding>(x * inverse, u) * L::real(step), low, high);
+    } else {
+      const LaneF magic = L::real(L::add(power, shift));
+      y = (x + magic) - magic;
+    }
+    y = L::copysign(y, x);
+    return minus_zero ? y : y + L::set(0.0f);
+  }
+};
+
+struct RoundLog2 {
+  LaneF least, most;
+  explicit RoundLog2(const CastFormat& f) : least(Lanes::set(f.low)), most(Lanes::set(f.high)) {}
+  LaneF operator()(LaneF t, LaneF u) const {
+    using L = Lanes;
+    const LaneF one = L::set(1.0f), none = L::set(0.0f);
+    const LaneF size = L::smaller(most, L::abs(t));
+    const LaneF power = L::real(L::bit_and(L::bits(size), L::set(exponent_bits)));
+    const LaneF low = L::where(L::less(size, least), none, power), gap = L::larger(low, least);
+    const LaneF part = (size - low) * L::real(L::sub(L::set(254 << 23), L::bits(gap)));
+    const LaneF away = L::where(L::less(u, part), low + gap, low);
+    const LaneF toward = L::where(L::at_least(u, one - part), low + gap, low);
+    const LaneF y = L::copysign(L::where(L::less(t, none), toward, away), t) + none;
+    return L::where(L::is_nan(t), t, y);
+  }
+};
+
+template <int64_t entries, bool stochastic>
+struct RoundTable {
+  LaneF low, high, least;
+  bool zero;
+  Lanes::Table<entries> switches, values, above;
+  explicit RoundTable(const CastFormat& f)
+      : low(Lanes::set(f.low)),
+        high(Lanes::set(f.high)),
+        least(Lanes::set(f.least)),
+        zero(f.least == 0.0f),
+        switches(f.switches),
+        values(f.values),
+        above(f.values + 1) {}
+  LaneF operator()(LaneF t, LaneF u) const {
+    using L = Lanes;
+    const LaneF none = L::set(0.0f);
+    LaneF x = t;
+    if (!zero) x = L::where(L::less(L::abs(x), least), L::where(L::less(x, none), none - least, least), x);
+    x = cut(x, low, high);
+    LaneI i = L::set(0);
+    for (int32_t step = int32_t(entries) / 2; step; step /= 2)
+      i = L::add_where(L::at_least(x, switches[L::add(i, L::set(step - 1))]), i, L::set(step));
+    LaneF y = values[i];
+    if constexpr (stochastic) {
+      const LaneF next = above[i];
+      y = L::where(L::less(u, (x - y) / (next - y)), next, y);
+    }
+    return L::where(L::is_nan(t), t, y);
+  }
+};
+
+// ---- tiles ------------------------------------------------------------------------------------------------------------
+
+template <class Round, bool scale_column, bool whole>
+inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c, LaneF scale,
+                       LaneF zero, Lanes::Mask part) {
+  using L = Lanes;
+  const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
+  const LaneF x = load(tile.x + r * tile.x_row + c);
+  const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
+  if constexpr (scale_column) {
+    scale = load(tile.scale + r * tile.scale_row + c);
+    if (tile.zero != nullptr) zero = load(tile.zero + r * tile.scale_row + c);
+  }
+  LaneF t = x / scale;
+  if (tile.zero != nullptr) t = t + zero;
+  LaneF y = round(t, u);
+  const int64_t at = r * tile.out_row + c;
+  if (result == CastResult::codes) {
+    int8_t* out = static_cast<int8_t*>(tile.out) + at;
+    whole ? L::store(out, y) : L::store(out, y, part);
+    return;
+  }
+  if (result == CastResult::values) y = (tile.zero != nullptr ? y - zero : y) * scale;
+  y = L::where(L::is_nan(y), L::real(L::set(0x7fc00000)), y);
+  float* out = static_cast<float*>(tile.out) + at;
+  whole ? L::store(out, y) : L::store(out, y, part);
+}
+
+template <class Round, bool scale_column>
+void cast_tile(const CastFormat& format, const CastTile& given) {
+  const Round round(format);
+  const CastTile tile = given;  // a copy: stores through `out` can't change it
+  const CastResult result = format.result;
+  const int64_t rest = tile.columns % Lanes::count, whole = tile.columns - rest;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const LaneF scale = Lanes::set(tile.scale[r * tile.scale_row]);
+    const LaneF zero = Lanes::set(tile.zero == nullptr ? 0.0f : tile.zero[r * tile.scale_row]);
+    for (int64_t c = 0; c < whole; c += Lanes::count)
+      cast_lanes<Round, scale_column, true>(round, result, tile, r, c, scale, zero, Lanes::Mask());
+    if (rest)
+      cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, scale, zero, Lanes::first(rest));
+  }
+}
+
+template <class Round>
+void cast_with(const CastFormat& format, const CastTile& tile) {
+  tile.scale_column ? cast_tile<Round, true>(format, tile) : cast_tile<Round, false>(format, tile);
+}
+
+template <template <CastRounding> class Round>
+void cast_rounding(const CastFormat& format, const CastTile& tile) {
+  switch (format.rounding) {
+    case CastRounding::half_even: return cast_with<Round<CastRounding::half_even>>(format, tile);
+    case CastRounding::half_away: return cast_with<Round<CastRounding::half_away>>(format, tile);
+    case CastRounding::half_up: return cast_with<Round<CastRounding::half_up>>(format, tile);
+    case CastRounding::half_down: return cast_with<Round<CastRounding::half_down>>(format, tile);
+    case CastRounding::floor: return cast_with<Round<CastRounding::floor>>(format, tile);
+    case CastRounding::truncate: return cast_with<Round<CastRounding::truncate>>(format, tile);
+    case CastRounding::stochastic: return cast_with<Round<CastRounding::stochastic>>(format, tile);
+  }
+}
+
+template <bool stochastic>
+void cast_table(const CastFormat& format, const CastTile& tile) {
+  if (format.search == 16) return cast_with<RoundTable<16, stochastic>>(format, tile);
+  if (format.search == 32) return cast_with<RoundTable<32, stochastic>>(format, tile);
+  return cast_with<RoundTable<256, stochastic>>(format, tile);
+}
+
+void cast(const CastFormat& format, const CastTile& tile) {
+  const bool stochastic = format.rounding == CastRounding::stochastic;
+  switch (format.kind) {
+    case CastKind::integer: return cast_rounding<RoundInteger>(format, tile);
+    case CastKind::even: return cast_rounding<RoundEven>(format, tile);
+    case CastKind::log2: return cast_with<RoundLog2>(format, tile);
+    case CastKind::floating:
+      return stochastic ? cast_with<RoundFloat<CastRounding::stochastic>>(format, tile)
+                        : cast_with<RoundFloat<CastRounding::half_even>>(format, tile);
+    case CastKind::table: return stochastic ? cast_table<true>(format, tile) : cast_table<false>(format, tile);
+  }
+}
+
+// ---- uniforms of a tile -----------------------------------------------------------------------------------------------
+
+// Uniforms first, first + 1, ... of which `count` are needed, to `out`; up to 3 more before them, and 31 behind.
+void uniforms_in_order(const CastUniforms& job, uint64_t first, int64_t count, float* out) {
+  float* end = out + count;
+  out -= first % 4;
+  uint64_t block = first / 4;
+#if defined(LOWBIT_VECTOR_WORDS)
+  constexpr int64_t blocks = Vec::Words::counters;
+  for (; out < end; out += 4 * blocks, block += blocks) philox_blocks(block, job.key, job.high, out);
+#else
+  for (; out < end; out += 4, ++block) philox_block(block, job.key, job.high, out);
+#endif
+}
+
+#if defined(__AVX512F__)
+// The rows follow each other and sixteen columns lie anywhere: one counter for each column gives four rows of it.
+void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, int64_t row) {
+  using W = Vec::Words;
+  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i step = _mm512_set1_epi64((long long)job.column_index);
+  const __m512i origin = _mm512_set1_epi64((long long)first);
+  const __m512i index[2] = {_mm512_add_epi64(origin, _mm512_mullo_epi64(step, lane)),
+                            _mm512_add_epi64(origin, _mm512_mullo_epi64(step, _mm512_add_epi64(lane, W::set(8).v)))};
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i offset = _mm512_and_si512(_mm512_permutex2var_epi32(index[0], even, index[1]), _mm512_set1_epi32(3));
+  __mmask16 starts[4];
+  for (int i = 0; i < 4; ++i) starts[i] = _mm512_cmpeq_epi32_mask(offset, _mm512_set1_epi32(i));
+  const bool aligned = starts[0] == 0xffff;
+  // columns that start at another word of their first block than 0 are shifted up: a row is made of rows of blocks
+  float rows[4 * 16 * 2];  // this block and the one before
+  const int64_t blocks = (job.rows + (aligned ? 0 : 3) + 3) / 4;
+  for (int64_t b = 0; b < blocks; ++b) {
+    W words[2][4];
+    for (int h = 0; h < 2; ++h) {
+      const __m512i counter = _mm512_add_epi64(_mm512_srli_epi64(index[h], 2), _mm512_set1_epi64((long long)b));
+      philox_words({counter}, job.key, job.high, words[h]);
+    }
+    float* now = rows + (b % 2) * 64;
+    const float* before = rows + (1 - b % 2) * 64;
+    for (int w = 0; w < 4; ++w) {
+      const __m512i bits = _mm512_permutex2var_epi32(words[0][w].v, even, words[1][w].v);
+      const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(bits, 8)), _mm512_set1_ps(0x1p-24f));
+      if (!aligned) _mm512_storeu_ps(now + 16 * w, u);
+      else if (4 * b + w < job.rows) _mm512_storeu_ps(out + (4 * b + w) * row, u);
+    }
+    if (aligned) continue;
+    for (int64_t w = 0; w < 4; ++w) {
+      // row r of a column with offset o is word r + o; at block b, word w is the latest that any column needs
+      const int64_t r = 4 * b + w - 3;
+      if (r < 0 || r >= job.rows) continue;
+      __m512 u = _mm512_setzero_ps();
+      for (int64_t o = 0; o < 4; ++o) {
+        const int64_t word = w - 3 + o;
+        u = _mm512_mask_loadu_ps(u, starts[o], word < 0 ? before + 16 * (word + 4) : now + 16 * word);
+      }
+      _mm512_storeu_ps(out + r * row, u);
+    }
+  }
+}
+#else
+void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, int64_t row) {
+  float column[CastKernels::buffer];
+  for (int64_t c = 0; c < 16; ++c) {
+    uniforms_in_order(job, first + uint64_t(c * job.column_index), job.rows, column + 4);
+    for (int64_t r = 0; r < job.rows; ++r) out[r * row + c] = column[4 + r];
+  }
+}
+#endif
+
+const float* uniforms(const CastUniforms& job, float* buffer, int64_t* row) {
+  float* out = buffer + 4;
+  if (job.column_index == 1 && (job.rows == 1 || job.row_index == job.columns)) {
+    *row = job.columns;
+    uniforms_in_order(job, job.first, job.rows * job.columns, out);
+  } else if (job.column_index == 1) {
+    *row = job.columns + 4;
+    for (int64_t r = 0; r < job.rows; ++r)
+      uniforms_in_order(job, job.first + uint64_t(r * job.row_index), job.columns, out + r * *row);
+  } else if (job.row_index == 1) {
+    *row = (job.columns + 15) / 16 * 16;
+    for (int64_t c = 0; c < job.columns; c += 16)
+      uniforms_of_columns(job, job.first + uint64_t(c * job.column_index), out + c, *row);
+  } else {
+    *row = job.columns;
+    for (int64_t r = 0; r < job.rows; ++r)
+      for (int64_t c = 0; c < job.columns; ++c) {
+        const uint64_t index = job.first + uint64_t(r * job.row_index + c * job.column_index);
+        float four[4];
+        philox_block(index / 4, job.key, job.high, four);
+        out[r * job.columns + c] = four[index % 4];
+      }
+  }
+  return out;
+}
+
+// ---- statistics of a tile ---------------------------------------------------------------------------------------------
+
+// |x| as an integer: NaN is larger than infinity
+inline LaneI magnitude(LaneF x) { return Lanes::bit_and(Lanes::bits(x), Lanes::set(INT32_MAX)); }
+
+void absmax(const BlockTile& tile) {
+  using L = Lanes;
+  const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
+  const auto part = L::first(rest);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float* x = tile.x + r * tile.x_row;
+    float* high = tile.high + r * tile.block_row;
+    if (tile.block_column) {
+      const auto merge = [](LaneF a, LaneF b) { return L::real(L::larger(magnitude(a), L::bits(b))); };
+      for (int64_t c = 0; c < whole; c += L::count) L::store(high + c, merge(L::load(x + c), L::load(high + c)));
+      if (rest) L::store(high + whole, merge(L::load(x + whole, part), L::load(high + whole, part)), part);
+    } else {
+      LaneI most = L::bits(L::set(*high));
+      for (int64_t c = 0; c < whole; c += L::count) most = L::larger(most, magnitude(L::load(x + c)));
+      if (rest) most = L::larger(most, magnitude(L::load(x + whole, part)));
+      const int32_t bits = L::largest(most);
+      memcpy(high, &bits, sizeof bits);
+    }
+  }
+}
+
+void minmax(const BlockTile& tile) {
+  using L = Lanes;
+  const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
+  const auto part = L::first(rest);
+  // the second operand counts where one is NaN: a NaN that is there stays, one that comes is put in
+  const auto smaller = [](LaneF x, LaneF low) { return L::where(L::is_nan(x), x, L::smaller(x, low)); };
+  const auto larger = [](LaneF x, LaneF high) { return L::where(L::is_nan(x), x, L::larger(x, high)); };
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float* x = tile.x + r * tile.x_row;
+    float *low = tile.low + r * tile.block_row, *high = tile.high + r * tile.block_row;
+    if (tile.block_column) {
+      for (int64_t c = 0; c < whole; c += L::count) {
+        const LaneF v = L::load(x + c);
+        L::store(low + c, smaller(v, L::load(low + c)));
+        L::store(high + c, larger(v, L::load(high + c)));
+      }
+      if (rest) {
+        const LaneF v = L::load(x + whole, part);
+        L::store(low + whole, smaller(v, L::load(low + whole, part)), part);
+        L::store(high + whole, larger(v, L::load(high + whole, part)), part);
+      }
+    } else {
+      LaneF least = L::set(*low), most = L::set(*high);
+      for (int64_t c = 0; c < whole; c += L::count) {
+        const LaneF v = L::load(x + c);
+        least = smaller(v, least), most = larger(v, most);
+      }
+      if (rest) {
+        const LaneF v = L::load(x + whole, part), first = L::set(x[0]);
+        least = smaller(L::where(part, v, first), least), most = larger(L::where(part, v, first), most);
+      }
+      const bool nan = L::any(L::is_nan(least));
+      *low = nan ? __builtin_nanf("") : L::smallest(least);
+      *high = nan ? __builtin_nanf("") : L::largest(most);
+    }
+  }
+}
+
+constexpr CastKernels cast_kernels = {cast, uniforms, absmax, minmax};
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,597 @@
+// lowbit::cast, lowbit::cast_absmax, lowbit::block_absmax and lowbit::block_minmax as PyTorch operators.
+//
+// A tensor of any strides becomes a sequence of tiles: matrices of about CastKernels::tile elements whose columns lie
+// side by side in memory. What does not is copied into a buffer first.
+#include "library.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using lowbit::CastFormat;
+using lowbit::CastKernels;
+using lowbit::CastKind;
+using lowbit::CastResult;
+using lowbit::CastRounding;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t worth_a_thread = 1 << 15;  // elements, 5 to 20 microseconds: smaller tensors stay on one thread
+constexpr int max_dim = 8;
+
+// ---- formats ----------------------------------------------------------------------------------------------------------
+
+float bits_as_float(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <class Value, size_t count>
+Value lookup(const std::pair<const char*, Value> (&names)[count], const std::string& name, const char* what) {
+  for (const auto& [known, value] : names)
+    if (name == known) return value;
+  STD_TORCH_CHECK(false, "unknown ", what, " '", name, "'");
+}
+
+constexpr std::pair<const char*, CastKind> kinds[] = {{"int", CastKind::integer},
+                                                      {"even", CastKind::even},
+                                                      {"float", CastKind::floating},
+                                                      {"log2", CastKind::log2},
+                                                      {"table", CastKind::table}};
+constexpr std::pair<const char*, CastRounding> roundings[] = {
+    {"half_even", CastRounding::half_even}, {"half_away", CastRounding::half_away},
+    {"half_up", CastRounding::half_up},     {"half_down", CastRounding::half_down},
+    {"floor", CastRounding::floor},         {"truncate", CastRounding::truncate},
+    {"stochastic", CastRounding::stochastic}};
+constexpr std::pair<const char*, CastResult> results[] = {
+    {"values", CastResult::values}, {"grid", CastResult::grid}, {"codes", CastResult::codes}};
+
+// The least x that goes to the upper of two neighbours.
+float switch_point(CastRounding rounding, float low, float high, bool low_even, double middle) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  if (rounding == CastRounding::floor) return high;
+  if (rounding == CastRounding::truncate) {  // toward zero, but across it the sign decides
+    if (low >= 0) return high;
+    return high <= 0 ? std::nextafterf(low, infinity) : 0.0f;
+  }
+  float x = float(middle);
+  if (x < middle) x = std::nextafterf(x, infinity);
+  const bool tie_up = rounding == CastRounding::half_up || (rounding == CastRounding::half_even && !low_even) ||
+                      (rounding == CastRounding::half_away && middle >= 0);
+  return x == middle && !tie_up ? std::nextafterf(x, infinity) : x;
+}
+
+void set_table(CastFormat& f, const Tensor& table) {
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Double && table.dim() == 2 && table.size(0) == 3 &&
+                      table.size(1) >= 2 && table.size(1) <= CastFormat::levels,
+                  "a table is float64 (3, 2 to 256)");
+  const double* data = table.const_data_ptr<double>();
+  const int64_t count = table.size(1), row = table.stride(0), column = table.stride(1);
+  const auto at = [&](int64_t r, int64_t i) { return data[r * row + i * column]; };
+  const bool stochastic = f.rounding == CastRounding::stochastic;
+  std::fill(f.switches, f.switches + CastFormat::levels, std::numeric_limits<float>::infinity());
+  std::fill(f.values, f.values + CastFormat::levels + 1, 0.0f);
+  for (int64_t i = 0; i < count; ++i) f.values[i] = float(at(0, i));
+  f.low = f.values[0], f.high = f.values[count - 1];
+  // an interval is looked up by its lower end, and the last level belongs to the last interval
+  const int64_t switches = stochastic ? count - 2 : count - 1;
+  for (int64_t i = 0; i < switches; ++i) {
+    const float low = f.values[i], high = f.values[i + 1];
+    f.switches[i] = stochastic ? high : switch_point(f.rounding, low, high, at(1, i) != 0, at(2, i));
+    if (!stochastic && f.least > 0 && low < 0 && high > 0) f.switches[i] = 0.0f;  // the sign decides, 0 is positive
+  }
+  f.search = switches < 16 ? 16 : switches < 32 ? 32 : 256;
+}
+
+CastFormat cast_format(const std::string& kind, const std::vector<double>& numbers, const std::optional<Tensor>& table,
+                       const std::string& rounding, const std::string& result) {
+  CastFormat f;
+  f.kind = lookup(kinds, kind, "kind");
+  f.rounding = lookup(roundings, rounding, "rounding");
+  f.result = lookup(results, result, "result");
+  f.least = 0.0f;
+  const auto given = [&](size_t count, bool valid) {
+    STD_TORCH_CHECK(numbers.size() == count && valid, "the numbers of kind '", kind, "' describe no format");
+  };
+  STD_TORCH_CHECK(table.has_value() == (f.kind == CastKind::table), "kind 'table' needs a table, other kinds have none");
+  const double* n = numbers.data();
+  bool codes = false;
+  switch (f.kind) {
+    case CastKind::integer:
+      given(3, numbers.size() == 3 && n[0] >= -0x1p31 && n[0] <= n[1] && n[1] <= 0x1p32 && n[2] >= -96 && n[2] <= 126);
+      f.low = float(n[0]), f.high = float(n[1]);
+      f.up = float(std::ldexp(1.0, int(n[2]))), f.down = float(std::ldexp(1.0, -int(n[2])));
+      codes = n[2] == 0 && n[0] >= -128 && n[1] <= 127;
+      break;
+    case CastKind::even:
+      given(1, numbers.size() == 1 && n[0] >= 1 && n[0] <= 16);
+      f.high = float((int64_t(1) << int(n[0])) - 1), f.low = -f.high;
+      break;
+    case CastKind::floating:
+      given(4, numbers.size() == 4 && n[1] >= 1 && n[1] <= 22 && n[0] - n[1] > -126 && n[0] <= 127 &&
+                   n[2] < std::ldexp(1.0, 104 + int(n[1])) && n[2] >= std::ldexp(1.0, int(n[0])));
+      STD_TORCH_CHECK(f.rounding == CastRounding::half_even || f.rounding == CastRounding::stochastic,
+                      "kind 'float' rounds 'half_even' or 'stochastic'");
+      f.high = float(n[2]), f.low = -f.high;
+      f.lowest_power = bits_of(float(std::ldexp(1.0, int(n[0]))));
+      f.mantissa = int32_t(n[1]);
+      f.minus_zero = n[3] != 0;
+      break;
+    case CastKind::log2:
+      given(2, numbers.size() == 2 && n[0] > -126 && n[0] <= n[1] && n[1] < 127);
+      STD_TORCH_CHECK(f.rounding == CastRounding::stochastic, "kind 'log2' rounds 'stochastic'");
+      f.low = float(std::ldexp(1.0, int(n[0]))), f.high = float(std::ldexp(1.0, int(n[1])));
+      break;
+    case CastKind::table:
+      given(1, numbers.size() == 1 && n[0] >= 0);
+      f.least = float(n[0]);
+      set_table(f, *table);
+      break;
+  }
+  STD_TORCH_CHECK(f.result != CastResult::codes || codes, "codes are of kind 'int' with fl = 0 in -128 to 127");
+  return f;
+}
+
+// ---- tensors as tiles -------------------------------------------------------------------------------------------------
+
+// One axis: its size, and in each of the tensors the distance of neighbours. `index` counts elements in row-major order.
+struct Axis {
+  int64_t size = 1, x = 0, out = 0, block = 0, u = 0, index = 0;
+};
+
+struct Part {
+  int64_t rows, columns;
+  Axis at;  // offsets of its first element
+};
+
+struct Tiling {
+  std::vector<Axis> outer;
+  Axis rows, columns;
+  int64_t tile_rows = 1, tile_columns = 1, row_tiles = 1, column_tiles = 1;
+  int64_t tiles = 1;
+
+  // tiles that share an index of the first axis (or, if that is cut into tiles, a range of them)
+  int64_t unit() const { return tiles / (outer.empty() ? row_tiles : outer[0].size); }
+  const Axis& first() const { return outer.empty() ? rows : outer[0]; }
+
+  // blocks of different units differ
+  bool disjoint() const {
+    int64_t others = 0;
+    for (const Axis& a : outer)
+      if (&a != &first()) others += (a.size - 1) * a.block;
+    if (!outer.empty()) others += (rows.size - 1) * rows.block;
+    others += (columns.size - 1) * columns.block;
+    return first().block > others;
+  }
+  // a unit holds whole blocks, one for each index of the first axis
+  bool whole_blocks() const {
+    for (const Axis& a : outer)
+      if (&a != &first() && a.block != 0) return false;
+    return first().block != 0 && columns.block == 0 && (outer.empty() || rows.block == 0);
+  }
+
+  Part part(int64_t tile) const {
+    Part p;
+    const auto move = [&p](const Axis& a, int64_t by) {
+      p.at.x += by * a.x, p.at.out += by * a.out, p.at.block += by * a.block, p.at.u += by * a.u;
+      p.at.index += by * a.index;
+    };
+    const int64_t column = tile % column_tiles * tile_columns, row = tile / column_tiles % row_tiles * tile_rows;
+    int64_t rest = tile / column_tiles / row_tiles;
+    for (size_t d = outer.size(); d-- > 0; rest /= outer[d].size) move(outer[d], rest % outer[d].size);
+    move(rows, row), move(columns, column);
+    p.rows = std::min(tile_rows, rows.size - row), p.columns = std::min(tile_columns, columns.size - column);
+    return p;
+  }
+};
+
+// Whether the elements fill their memory without gap or overlap.
+bool dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) axes.push_back({x.stride(d), x.size(d)});
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// `u` and `keyed` say whose strides count. In the order of memory if `by_memory`, otherwise row-major.
+Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const std::vector<int64_t>& block_strides,
+              const Tensor* u, bool keyed, bool by_memory) {
+  std::vector<Axis> axes;
+  int64_t index = 1;
+  for (int64_t d = x.dim(); d-- > 0; index *= x.size(d))
+    if (x.size(d) != 1)
+      axes.insert(axes.begin(), {x.size(d), x.stride(d), out_strides[size_t(d)], block_strides[size_t(d)],
+                                 u == nullptr ? 0 : u->stride(d), keyed ? index : 0});
+  if (by_memory)
+    std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.x > b.x; });
+  std::vector<Axis> merged;
+  for (const Axis& b : axes) {
+    const bool joins = !merged.empty() && [&a = merged.back(), &b] {
+      return a.x == b.x * b.size && a.out == b.out * b.size && a.block == b.block * b.size && a.u == b.u * b.size &&
+             a.index == b.index * b.size;
+    }();
+    if (joins) {
+      const int64_t size = merged.back().size;
+      merged.back() = b;
+      merged.back().size *= size;
+    } else {
+      merged.push_back(b);
+    }
+  }
+  Tiling t;
+  if (!merged.empty()) t.columns = merged.back(), merged.pop_back();
+  if (keyed && t.columns.size == 1) t.columns.index = 1;
+  if (!merged.empty()) {
+    auto row = merged.end() - 1;
+    if (keyed && t.columns.index != 1)  // four rows in a row share a counter
+      row = std::find_if(merged.begin(), merged.end(), [](const Axis& a) { return a.index == 1; });
+    if (row == merged.end()) row = merged.end() - 1;
+    t.rows = *row;
+    merged.erase(row);
+  }
+  t.outer = std::move(merged);
+  const int64_t most = CastKernels::tile;
+  if (keyed && t.columns.index != 1) {
+    t.tile_columns = std::min<int64_t>(64, t.columns.size);
+    t.tile_rows = std::min(t.rows.size, most / ((t.tile_columns + 15) / 16 * 16));
+  } else {
+    t.tile_columns = std::min(most, t.columns.size);
+    t.tile_rows = std::min(t.rows.size, std::max<int64_t>(1, most / (t.tile_columns + 4)));
+  }
+  t.row_tiles = (t.rows.size + t.tile_rows - 1) / t.tile_rows;
+  t.column_tiles = (t.columns.size + t.tile_columns - 1) / t.tile_columns;
+  t.tiles = t.row_tiles * t.column_tiles;
+  for (const Axis& a : t.outer) t.tiles *= a.size;
+  return t;
+}
+
+// The numbers of a tile with neighbouring columns: in place where they are, otherwise copied into the buffer.
+const float* gathered(const float* p, const Part& part, int64_t column, int64_t* row, std::vector<float>& buffer) {
+  if (column == 1 || part.columns == 1) return p;
+  buffer.resize(size_t(part.rows * part.columns));
+  for (int64_t r = 0; r < part.rows; ++r)
+    for (int64_t c = 0; c < part.columns; ++c) buffer[size_t(r * part.columns + c)] = p[r * *row + c * column];
+  *row = part.columns;
+  return buffer.data();
+}
+
+void check_blocks(const char* name, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, " needs float32");
+  STD_TORCH_CHECK(x.dim() <= max_dim, name, " takes at most 8 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(int64_t(block_strides.size()) == x.dim() && blocks >= 0, name, " needs a block stride for each axis");
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    const int64_t stride = block_strides[size_t(d)], size = x.size(d);
+    STD_TORCH_CHECK(stride >= 0 && (stride <= blocks || size <= 1), name, " needs block strides of 0 to blocks");
+    if (size > 1) last += std::min(blocks, size - 1) * stride;
+    STD_TORCH_CHECK(last < blocks || x.numel() == 0, name, ": an element belongs to none of the ", blocks, " blocks");
+  }
+}
+
+// ---- statistics -------------------------------------------------------------------------------------------------------
+
+struct Statistic {
+  Tiling tiles;
+  const float* x;
+  int64_t blocks;
+  bool both;  // minmax, otherwise absmax
+};
+
+void reduce_tile(const CastKernels& kernels, const Statistic& job, int64_t tile, float* low, float* high,
+                 std::vector<float>& buffer) {
+  const Part part = job.tiles.part(tile);
+  const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
+  lowbit::BlockTile t;
+  t.rows = part.rows, t.columns = part.columns;
+  t.x_row = rows.x;
+  t.x = gathered(job.x + part.at.x, part, columns.x, &t.x_row, buffer);
+  t.block_row = rows.block;
+  t.block_column = columns.block == 1;
+  const auto run = job.both ? kernels.minmax : kernels.absmax;
+  if (columns.block <= 1) {
+    t.low = low + part.at.block, t.high = high + part.at.block;
+    return run(t);
+  }
+  const lowbit::BlockTile all = t;  // blocks further apart: column by column
+  t.columns = 1;
+  for (int64_t c = 0; c < part.columns; ++c) {
+    t.x = all.x + c;
+    t.low = low + part.at.block + c * columns.block, t.high = high + part.at.block + c * columns.block;
+    run(t);
+  }
+}
+
+// `low` and `high` of `count` blocks where nothing was seen yet
+void reset(const Statistic& job, float* low, float* high, int64_t count) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  if (job.both) std::fill(low, low + count, infinity);
+  std::fill(high, high + count, job.both ? -infinity : 0.0f);
+}
+
+// NaN without sign and payload, +0
+float tidy(float x) { return std::isnan(x) ? bits_as_float(0x7fc00000) : x + 0.0f; }
+
+void reduce(const CastKernels& kernels, const Statistic& job, float* low, float* high) {
+  const Tiling& tiles = job.tiles;
+  const int64_t elements = tiles.tile_rows * tiles.tile_columns;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, elements));
+  const auto run = [&](int64_t begin, int64_t end, float* own_low, float* own_high) {
+    std::vector<float> buffer;
+    for (int64_t tile = begin; tile < end; ++tile) reduce_tile(kernels, job, tile, own_low, own_high, buffer);
+  };
+  reset(job, low, high, job.blocks);
+  const int64_t pieces = std::min<int64_t>(torch::stable::get_num_threads(), (tiles.tiles + grain - 1) / grain);
+  const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
+  if (pieces > 1 && tiles.disjoint() && units >= 2 * pieces) {
+    torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain / unit),
+                                [&](int64_t begin, int64_t end) { run(begin * unit, end * unit, low, high); });
+  } else if (pieces > 1 && job.blocks * pieces * 4 <= tiles.tiles * elements) {
+    std::vector<float> lows(size_t(job.both ? pieces * job.blocks : 0)), highs(size_t(pieces * job.blocks));
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        float* own_low = job.both ? lows.data() + piece * job.blocks : nullptr;
+        float* own_high = highs.data() + piece * job.blocks;
+        reset(job, own_low, own_high, job.blocks);
+        run(tiles.tiles * piece / pieces, tiles.tiles * (piece + 1) / pieces, own_low, own_high);
+      }
+    });
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      for (int64_t b = 0; b < job.blocks; ++b) {
+        const auto merge = [](float& into, float x, bool better) {
+          if (std::isnan(x) || (better && !std::isnan(into))) into = x;
+        };
+        const float top = highs[size_t(piece * job.blocks + b)];
+        merge(high[b], top, top > high[b]);
+        if (!job.both) continue;
+        const float bottom = lows[size_t(piece * job.blocks + b)];
+        merge(low[b], bottom, bottom < low[b]);
+      }
+  } else {
+    run(0, tiles.tiles, low, high);
+  }
+  for (int64_t b = 0; b < job.blocks; ++b) {
+    high[b] = tidy(high[b]);
+    if (job.both) low[b] = tidy(low[b]);
+  }
+}
+
+Statistic statistic(const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks, bool both) {
+  const std::vector<int64_t> none(size_t(x.dim()), 0);
+  return {tiling(x, none, block_strides, nullptr, false, true), x.const_data_ptr<float>(), blocks, both};
+}
+
+Tensor per_block(int64_t blocks) { return torch::stable::empty({&blocks, 1}, ScalarType::Float); }
+
+Tensor block_absmax(const Tensor& x, std::vector<int64_t> block_strides, int64_t blocks) {
+  check_blocks("block_absmax", x, block_strides, blocks);
+  Tensor out = per_block(blocks);
+  float* high = out.mutable_data_ptr<float>();
+  if (x.numel() == 0) std::fill(high, high + blocks, 0.0f);
+  else reduce(lowbit::kernels().cast, statistic(x, block_strides, blocks, false), nullptr, high);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> block_minmax(const Tensor& x, std::vector<int64_t> block_strides, int64_t blocks) {
+  check_blocks("block_minmax", x, block_strides, blocks);
+  Tensor lows = per_block(blocks), highs = per_block(blocks);
+  float *low = lows.mutable_data_ptr<float>(), *high = highs.mutable_data_ptr<float>();
+  if (x.numel() == 0) std::fill(low, low + blocks, 0.0f), std::fill(high, high + blocks, 0.0f);
+  else reduce(lowbit::kernels().cast, statistic(x, block_strides, blocks, true), low, high);
+  return {lows, highs};
+}
+
+// ---- cast -------------------------------------------------------------------------------------------------------------
+
+struct Cast {
+  Tiling tiles;
+  CastFormat format;
+  const float *x, *scale, *zero, *u;
+  void* out;
+  bool keyed;
+  uint32_t key[2], high[2];
+};
+
+struct Buffers {
+  std::vector<float> x, u, scale, zero;
+};
+
+void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers) {
+  const Part part = job.tiles.part(tile);
+  const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
+  lowbit::CastTile t;
+  t.rows = part.rows, t.columns = part.columns;
+  t.x_row = rows.x;
+  t.x = gathered(job.x + part.at.x, part, columns.x, &t.x_row, buffers.x);
+  t.scale_column = columns.block != 0;
+  t.scale_row = rows.block;
+  t.scale = job.scale + part.at.block;
+  t.zero = job.zero == nullptr ? nullptr : job.zero + part.at.block;
+  if (columns.block > 1) {
+    t.scale = gathered(t.scale, part, columns.block, &t.scale_row, buffers.scale);
+    int64_t row = rows.block;
+    if (t.zero != nullptr) t.zero = gathered(t.zero, part, columns.block, &row, buffers.zero);
+  }
+  t.u = nullptr;
+  if (job.keyed) {
+    buffers.u.resize(size_t(CastKernels::buffer));
+    lowbit::CastUniforms want;
+    std::copy(job.key, job.key + 2, want.key), std::copy(job.high, job.high + 2, want.high);
+    want.first = uint64_t(part.at.index);
+    want.row_index = rows.index, want.column_index = columns.index;
+    want.rows = part.rows, want.columns = part.columns;
+    t.u = kernels.uniforms(want, buffers.u.data(), &t.u_row);
+  } else if (job.u != nullptr) {
+    t.u_row = rows.u;
+    t.u = gathered(job.u + part.at.u, part, columns.u, &t.u_row, buffers.u);
+  }
+  t.out_row = rows.out;
+  t.out = job.format.result == CastResult::codes ? static_cast<void*>(static_cast<int8_t*>(job.out) + part.at.out)
+                                                 : static_cast<void*>(static_cast<float*>(job.out) + part.at.out);
+  kernels.cast(job.format, t);
+}
+
+// The result, with the strides of `x` where it is dense, otherwise contiguous; and those strides.
+Tensor result_like(const Tensor& x, CastResult result, bool is_dense, std::vector<int64_t>& strides) {
+  const ScalarType type = result == CastResult::codes ? ScalarType::Char : ScalarType::Float;
+  std::vector<int64_t> shape;
+  strides.assign(size_t(x.dim()), 1);
+  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
+  if (is_dense)
+    for (size_t d = 0; d < shape.size(); ++d) strides[d] = x.stride(int64_t(d));
+  else
+    for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
+  const int32_t dtype = result == CastResult::codes ? aoti_torch_dtype_int8() : aoti_torch_dtype_float32();
+  if (!is_dense) return torch::stable::empty({shape.data(), shape.size()}, type);
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// A cast whose scales are still to come, and the memory for its result.
+std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& key, const std::optional<Tensor>& u,
+                                 const std::vector<int64_t>& block_strides, const CastFormat& format) {
+  STD_TORCH_CHECK(key.has_value() + u.has_value() == (format.rounding == CastRounding::stochastic),
+                  "stochastic rounding needs exactly one of key and u, other roundings neither");
+  Cast job;
+  job.format = format;
+  job.keyed = key.has_value();
+  job.u = nullptr;
+  if (key.has_value()) {
+    STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 3,
+                    "a key is three int64: seed, stream, step");
+    const int64_t* words = key->const_data_ptr<int64_t>();
+    const uint64_t seed = uint64_t(words[0]);
+    job.key[0] = uint32_t(seed), job.key[1] = uint32_t(seed >> 32);
+    job.high[0] = uint32_t(uint64_t(words[2 * key->stride(0)])), job.high[1] = uint32_t(uint64_t(words[key->stride(0)]));
+  }
+  if (u.has_value()) {
+    bool same = u->scalar_type() == ScalarType::Float && u->dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = u->size(d) == x.size(d);
+    STD_TORCH_CHECK(same, "u must be float32 of the shape of x");
+    job.u = u->const_data_ptr<float>();
+  }
+  const bool is_dense = x.numel() != 0 && dense(x);
+  std::vector<int64_t> strides;
+  Tensor out = result_like(x, format.result, is_dense, strides);
+  job.x = x.const_data_ptr<float>(), job.scale = job.zero = nullptr;
+  job.out = out.mutable_data_ptr();
+  if (x.numel() != 0)
+    job.tiles = tiling(x, strides, block_strides, u.has_value() ? &*u : nullptr, job.keyed, is_dense);
+  return {job, out};
+}
+
+int64_t grain(const Tiling& tiles) {
+  return std::max<int64_t>(1, worth_a_thread / (tiles.tile_rows * tiles.tile_columns));
+}
+
+void run(const CastKernels& kernels, const Cast& job) {
+  torch::stable::parallel_for(0, job.tiles.tiles, grain(job.tiles), [&](int64_t begin, int64_t end) {
+    Buffers buffers;
+    for (int64_t tile = begin; tile < end; ++tile) cast_tile(kernels, job, tile, buffers);
+  });
+}
+
+const float* check_per_block(const char* name, const Tensor& t, int64_t blocks) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == blocks &&
+                      (blocks <= 1 || t.stride(0) == 1),
+                  name, " must be contiguous float32 (blocks,)");
+  return t.const_data_ptr<float>();
+}
+
+Tensor cast(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero, std::optional<Tensor> key,
+            std::optional<Tensor> u, std::vector<int64_t> block_strides, std::string kind, std::vector<double> numbers,
+            std::optional<Tensor> table, std::string rounding, std::string result) {
+  const int64_t blocks = scale.numel();
+  check_blocks("cast", x, block_strides, blocks);
+  const float* scales = check_per_block("scale", scale, blocks);
+  const float* zeros = zero.has_value() ? check_per_block("zero", *zero, blocks) : nullptr;
+  auto [job, out] = prepared(x, key, u, block_strides, cast_format(kind, numbers, table, rounding, result));
+  job.scale = scales, job.zero = zeros;
+  if (x.numel() != 0) run(lowbit::kernels().cast, job);
+  return out;
+}
+
+// absmax to scale, in place
+void to_scale(float* absmax, int64_t count, float denominator) {
+  for (int64_t b = 0; b < count; ++b) {
+    absmax[b] = tidy(absmax[b]) / denominator;
+    if (absmax[b] == 0.0f) absmax[b] = 1.0f;
+  }
+}
+
+std::tuple<Tensor, Tensor> cast_absmax(const Tensor& x, std::optional<Tensor> key, std::vector<int64_t> block_strides,
+                                       int64_t blocks, double denominator, std::string kind,
+                                       std::vector<double> numbers, std::optional<Tensor> table, std::string rounding,
+                                       std::string result) {
+  check_blocks("cast_absmax", x, block_strides, blocks);
+  STD_TORCH_CHECK(denominator > 0, "the denominator must be positive, got ", denominator);
+  const CastKernels& kernels = lowbit::kernels().cast;
+  auto [made, out] = prepared(x, key, std::nullopt, block_strides, cast_format(kind, numbers, table, rounding, result));
+  Cast& job = made;
+  Tensor scale = per_block(blocks);
+  float* scales = scale.mutable_data_ptr<float>();
+  job.scale = scales;
+  const float divisor = float(denominator);
+  if (x.numel() == 0) {
+    std::fill(scales, scales + blocks, 1.0f);
+    return {out, scale};
+  }
+  const Tiling& tiles = job.tiles;
+  const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
+  const bool busy = units >= 4 * int64_t(torch::stable::get_num_threads()) || tiles.tiles <= grain(tiles);
+  if (!tiles.whole_blocks() || tiles.first().block != 1 || tiles.first().size != blocks || !busy) {
+    reduce(kernels, statistic(x, block_strides, blocks, false), nullptr, scales);
+    to_scale(scales, blocks, divisor);
+    run(kernels, job);
+    return {out, scale};
+  }
+  // whole blocks one after another, each cast while it is still in the cache
+  const Statistic absmax = {tiles, job.x, blocks, false};
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain(tiles) / unit), [&](int64_t begin, int64_t end) {
+    Buffers buffers;
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t first = tiles.part(u * unit).at.block;
+      const int64_t count = tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - u * tiles.tile_rows) : 1;
+      reset(absmax, nullptr, scales + first, count);
+      for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile)
+        reduce_tile(kernels, absmax, tile, nullptr, scales, buffers.x);
+      to_scale(scales + first, count, divisor);
+      for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, job, tile, buffers);
+    }
+  });
+  return {out, scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
+  m.impl("block_absmax", TORCH_BOX(&block_absmax));
+  m.impl("block_minmax", TORCH_BOX(&block_minmax));
+  m.impl("cast", TORCH_BOX(&cast));
+  m.impl("cast_absmax", TORCH_BOX(&cast_absmax));
+}
