@@ -10,6 +10,7 @@
 #include "cast.h"
 #include "chunked_mm.h"
 #include "hadamard.h"
+#include "int8.h"
 #include "lowmm.h"
 #include "packing.h"
 #include "uniform.h"
@@ -25,6 +26,7 @@ struct Kernels {
   LowmmKernels lowmm;
   PackingKernels packing;
   CastKernels cast;
+  Int8Kernels int8;
 };
 
 const Kernels& portable_kernels();

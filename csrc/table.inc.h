@@ -3,6 +3,7 @@
 
 #include "chunked_mm.inc.h"
 #include "hadamard.inc.h"
+#include "int8.inc.h"
 #include "lowmm.inc.h"
 #include "packing.inc.h"
 #include "uniform.inc.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr Kernels make_table(const char* name) {
   return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels,
-          lowmm_kernels, packing_kernels, cast_kernels};
+          lowmm_kernels, packing_kernels, cast_kernels, int8_kernels};
 }
 
 }  // namespace

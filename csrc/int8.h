@@ -1,0 +1,115 @@
+// The products of int8 codes from outside; the definitions are in src/lowbit/ops/int8.py.
+//
+// Every product is a sum over left rows and packed right panels:
+//   left   bytes with the summed axis contiguous, in one or several segments, each code XOR `flip`
+//   right  [column / 16][k / 4][16][4] codes, zeros where there is no column or no k, so that what a left row holds there
+//          does not matter; `depth_unit` bytes is the granularity of a segment
+// A kernel that needs unsigned left bytes has flip = 0x80, which adds 128 to each code; `correction` takes that back.
+// Sums wrap around, so only the true sum has to fit int32.
+#pragma once
+
+#include <stdint.h>
+
+namespace lowbit {
+
+constexpr int64_t int8_panel = 16;        // columns in a panel
+constexpr int64_t int8_safe = 131071;     // (2^31 - 1) / 128^2: products of codes that fit an int32 sum
+constexpr int64_t int8_slack = 128;       // bytes that a left buffer has beyond its last row
+
+// a (rows, columns) view of bytes
+struct Int8View {
+  const int8_t* data;
+  int64_t row, column;  // strides
+};
+
+// rows of the left operand that are one `row` stride apart, and what belongs to them
+struct Int8Rows {
+  const uint8_t* left;
+  int64_t out;              // elements from Int8Product::out
+  const float* left_scale;
+  int32_t* sums;            // this group's first row, first column; where sums are kept
+};
+
+struct Int8Product {
+  const Int8Rows* groups;
+  int64_t group_count, rows;     // rows in each group
+  int64_t left_row;              // bytes between rows
+  const int64_t* segments;       // where each segment starts in a row
+  int64_t segment_count, steps;  // 4-byte steps in each segment
+  const int8_t* right;
+  int64_t panel_bytes;
+  const int32_t* correction;     // for each column, padded to whole panels
+  int64_t columns;
+  // first: sums start at zero, else they are read; last: the epilogue, else they are written (panels are 16 wide)
+  bool first, last;
+  int64_t sums_row;
+  // epilogue; right_scale and bias (may be null) are padded to whole panels
+  void* out;
+  int64_t out_row;
+  bool bfloat16;
+  int64_t left_scale_step;
+  const float* right_scale;
+  const float* bias;
+};
+
+// a right operand: `segment_count` stretches of k, each `parts` * `part_depth` long, then zeros up to 4 * `steps`
+struct Int8Right {
+  Int8View source;              // (k inside a part, column)
+  const int64_t* parts;         // where each part of each segment starts, in bytes from source.data
+  int64_t segment_count, part_count, part_depth, steps;
+  int64_t columns;
+  int8_t* packed;
+  int32_t* correction;
+};
+
+// the left operand of a convolution: a box of rows and pixels of one image, channels contiguous, zeros outside
+struct Int8Box {
+  const int8_t* source;
+  int64_t y_stride, x_stride, channel_stride;
+  int64_t height, width, channels;  // of the source
+  int64_t y, x;                     // where the box begins, in the source's rows and columns; may be outside
+  int64_t box_height, box_width;
+  uint8_t* left;
+};
+
+// the left operand of grad_w: each channel a plane, rows split by the phase of x: [channel][y][phase][width]
+struct Int8Planes {
+  const int8_t* source;
+  int64_t y_stride, x_stride, channel_stride;
+  int64_t height, width, channels;
+  int64_t y, box_height;
+  int64_t x, step, phases, box_width;  // [phase][i] holds source column x + phase + i * step
+  int64_t plane, row;                  // bytes between planes and rows
+  uint8_t* left;
+};
+
+// sums of grad_w, [part][tap][channel][column], to its result (column, channel, tap)
+struct Int8GradW {
+  const int32_t* sums;
+  int64_t parts, part, tap, channel;  // how many parts; strides in elements
+  int64_t taps, channels, columns;
+  const float* channel_scale;
+  int64_t channel_scale_step;
+  const float* column_scale;          // padded to whole panels
+  void* out;
+  int64_t out_column;
+  bool bfloat16;
+};
+
+struct Int8Kernels {
+  int64_t depth_unit;                              // bytes
+  int64_t most_panels, most_rows, most_rows_narrow;  // of a tile; narrow: with one panel
+  // rows of a matrix, `pitch` bytes apart
+  void (*pack_left)(const Int8View&, int64_t rows, int64_t depth, uint8_t* left, int64_t pitch);
+  void (*pack_right)(const Int8Right&, int64_t panel);
+  void (*pack_box)(const Int8Box&);
+  void (*pack_planes)(const Int8Planes&);
+  // (rows, columns) bytes to (columns, rows), the latter `pitch` bytes apart
+  void (*transpose)(const int8_t* source, int64_t source_pitch, int64_t rows, int64_t columns, int8_t* out, int64_t pitch);
+  void (*multiply)(const Int8Product&);
+  // the epilogue for sums in int64, (rows, columns)
+  void (*finish_long)(const Int8Product&, const int64_t* sums, int64_t sums_row);
+  void (*finish_grad_w)(const Int8GradW&);
+};
+
+}  // namespace lowbit

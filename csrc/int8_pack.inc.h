@@ -1,0 +1,217 @@
+// Packing for the int8 products of one instruction set; needs `Dot` (int8_dot.inc.h). Layouts are in int8.h.
+#pragma once
+
+namespace lowbit {
+namespace {
+
+inline uint8_t flipped(int8_t code) { return uint8_t(code) ^ Dot::flip; }
+
+#if defined(__SSE2__)
+typedef __m128i Bytes;
+
+inline Bytes load_bytes(const int8_t* p, int64_t n) {
+  if (n >= 16) return _mm_loadu_si128((const __m128i*)p);
+#if defined(__AVX512BW__)
+  return _mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p);
+#else
+  int8_t line[16] = {};
+  for (int64_t i = 0; i < n; ++i) line[i] = p[i];
+  return _mm_loadu_si128((const __m128i*)line);
+#endif
+}
+
+inline void store_bytes(void* p, Bytes v, int64_t n) {
+  if (n >= 16) return _mm_storeu_si128((__m128i*)p, v);
+#if defined(__AVX512BW__)
+  _mm_mask_storeu_epi8(p, __mmask16((1u << n) - 1), v);
+#else
+  int8_t line[16];
+  _mm_storeu_si128((__m128i*)line, v);
+  for (int64_t i = 0; i < n; ++i) ((int8_t*)p)[i] = line[i];
+#endif
+}
+#endif
+
+// (rows, columns) to (columns, rows)
+inline void transpose_bytes(const int8_t* source, int64_t source_pitch, int64_t rows, int64_t columns, uint8_t* out,
+                            int64_t pitch, uint8_t flip) {
+#if defined(__SSE2__)
+  const Bytes mask = _mm_set1_epi8(char(flip));
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t down = rows - r < 16 ? rows - r : 16, across = columns - c < 16 ? columns - c : 16;
+      Bytes x[16], y[16];
+      for (int i = 0; i < 16; ++i)
+        x[i] = i < down ? load_bytes(source + (r + i) * source_pitch + c, across) : _mm_setzero_si128();
+      for (int round = 0; round < 4; ++round) {  // four times interleaving rows i and i + 8 transposes
+        for (int i = 0; i < 8; ++i) {
+          y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]);
+          y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
+        }
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+      }
+      uint8_t* target = out + c * pitch + r;
+      for (int i = 0; i < 16; ++i)
+        if (i < across) store_bytes(target + i * pitch, _mm_xor_si128(x[i], mask), down);
+    }
+#else
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) out[c * pitch + r] = uint8_t(source[r * source_pitch + c]) ^ flip;
+#endif
+}
+
+inline void copy_flipped(const int8_t* source, int64_t n, uint8_t* left) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const __m512i mask = _mm512_set1_epi8(char(Dot::flip));
+  for (; i + 64 <= n; i += 64)
+    _mm512_storeu_si512(left + i, _mm512_xor_si512(_mm512_loadu_si512(source + i), mask));
+  if (i < n) {
+    const __mmask64 rest = (__mmask64(1) << (n - i)) - 1;
+    _mm512_mask_storeu_epi8(left + i, rest, _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, source + i), mask));
+  }
+#else
+  for (; i < n; ++i) left[i] = flipped(source[i]);
+#endif
+}
+
+void pack_left(const Int8View& view, int64_t rows, int64_t depth, uint8_t* left, int64_t pitch) {
+  if (view.column == 1) {
+    for (int64_t r = 0; r < rows; ++r) copy_flipped(view.data + r * view.row, depth, left + r * pitch);
+  } else if (view.row == 1) {
+    transpose_bytes(view.data, view.column, depth, rows, left, pitch, Dot::flip);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < depth; ++k) left[r * pitch + k] = flipped(view.data[r * view.row + k * view.column]);
+  }
+}
+
+void transpose_codes(const int8_t* source, int64_t source_pitch, int64_t rows, int64_t columns, int8_t* out,
+                     int64_t pitch) {
+  transpose_bytes(source, source_pitch, rows, columns, (uint8_t*)out, pitch, 0);
+}
+
+// `depth` codes of `columns` <= 16 columns as [k / 4][16][4]
+inline void pack_part(const Int8View& view, int64_t depth, int64_t columns, int8_t* packed) {
+#if defined(__SSE2__)
+  if (view.column == 1) {
+    for (int64_t k = 0; k < depth; k += 4, packed += 64) {
+      Bytes r[4];
+      for (int i = 0; i < 4; ++i)
+        r[i] = k + i < depth ? load_bytes(view.data + (k + i) * view.row, columns) : _mm_setzero_si128();
+      const Bytes low01 = _mm_unpacklo_epi8(r[0], r[1]), low23 = _mm_unpacklo_epi8(r[2], r[3]);
+      const Bytes high01 = _mm_unpackhi_epi8(r[0], r[1]), high23 = _mm_unpackhi_epi8(r[2], r[3]);
+      _mm_storeu_si128((__m128i*)packed, _mm_unpacklo_epi16(low01, low23));
+      _mm_storeu_si128((__m128i*)(packed + 16), _mm_unpackhi_epi16(low01, low23));
+      _mm_storeu_si128((__m128i*)(packed + 32), _mm_unpacklo_epi16(high01, high23));
+      _mm_storeu_si128((__m128i*)(packed + 48), _mm_unpackhi_epi16(high01, high23));
+    }
+    return;
+  }
+  if (view.row == 1) {
+    for (int64_t k = 0; k < depth; k += 16, packed += 256) {
+      const int64_t steps = (depth - k + 3) / 4;
+      for (int64_t c = 0; c < int8_panel; c += 4) {
+        Bytes r[4];
+        for (int i = 0; i < 4; ++i)
+          r[i] = c + i < columns ? load_bytes(view.data + (c + i) * view.column + k, depth - k) : _mm_setzero_si128();
+        const Bytes low01 = _mm_unpacklo_epi32(r[0], r[1]), low23 = _mm_unpacklo_epi32(r[2], r[3]);
+        const Bytes high01 = _mm_unpackhi_epi32(r[0], r[1]), high23 = _mm_unpackhi_epi32(r[2], r[3]);
+        int8_t* target = packed + 4 * c;
+        _mm_storeu_si128((__m128i*)target, _mm_unpacklo_epi64(low01, low23));
+        if (steps > 1) _mm_storeu_si128((__m128i*)(target + 64), _mm_unpackhi_epi64(low01, low23));
+        if (steps > 2) _mm_storeu_si128((__m128i*)(target + 128), _mm_unpacklo_epi64(high01, high23));
+        if (steps > 3) _mm_storeu_si128((__m128i*)(target + 192), _mm_unpackhi_epi64(high01, high23));
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t k = 0; k < depth; k += 4, packed += 64)
+    for (int64_t c = 0; c < int8_panel; ++c)
+      for (int64_t i = 0; i < 4; ++i)
+        packed[4 * c + i] = c < columns && k + i < depth ? view.data[(k + i) * view.row + c * view.column] : int8_t(0);
+}
+
+void pack_right(const Int8Right& job, int64_t panel) {
+  const int64_t begin = panel * int8_panel;
+  const int64_t columns = job.columns - begin < int8_panel ? job.columns - begin : int8_panel;
+  const int64_t segment_bytes = job.steps * 64;
+  int8_t* packed = job.packed + panel * job.segment_count * segment_bytes;
+  const int64_t used = (job.part_count * job.part_depth + 3) / 4 * 64;
+  for (int64_t s = 0; s < job.segment_count; ++s) {
+    int8_t* segment = packed + s * segment_bytes;
+    for (int64_t p = 0; p < job.part_count; ++p) {
+      Int8View view = job.source;
+      view.data += job.parts[s * job.part_count + p] + begin * view.column;
+      pack_part(view, job.part_depth, columns, segment + p * job.part_depth * 16);
+    }
+    memset(segment + used, 0, size_t(segment_bytes - used));
+  }
+  Dot::correct(packed, job.segment_count * job.steps, job.correction + begin);
+}
+
+void pack_box(const Int8Box& box) {
+  const int64_t line = box.box_width * box.channels;
+  const int64_t x_begin = box.x < 0 ? (-box.x < box.box_width ? -box.x : box.box_width) : 0;
+  int64_t x_end = box.width - box.x < box.box_width ? box.width - box.x : box.box_width;
+  if (x_end < x_begin) x_end = x_begin;
+  for (int64_t i = 0; i < box.box_height; ++i) {
+    uint8_t* left = box.left + i * line;
+    const int64_t y = box.y + i;
+    if (y < 0 || y >= box.height || x_begin == x_end) {
+      memset(left, Dot::flip, size_t(line));
+      continue;
+    }
+    memset(left, Dot::flip, size_t(x_begin * box.channels));
+    memset(left + x_end * box.channels, Dot::flip, size_t((box.box_width - x_end) * box.channels));
+    const int8_t* source = box.source + y * box.y_stride + (box.x + x_begin) * box.x_stride;
+    const int64_t pixels = x_end - x_begin;
+    left += x_begin * box.channels;
+    if (box.channel_stride == 1 && box.x_stride == box.channels) {
+      copy_flipped(source, pixels * box.channels, left);
+    } else if (box.channel_stride == 1) {
+      for (int64_t x = 0; x < pixels; ++x)
+        copy_flipped(source + x * box.x_stride, box.channels, left + x * box.channels);
+    } else if (box.x_stride == 1) {
+      transpose_bytes(source, box.channel_stride, box.channels, pixels, left, box.channels, Dot::flip);
+    } else {
+      for (int64_t x = 0; x < pixels; ++x)
+        for (int64_t c = 0; c < box.channels; ++c)
+          left[x * box.channels + c] = flipped(source[x * box.x_stride + c * box.channel_stride]);
+    }
+  }
+}
+
+void pack_planes(const Int8Planes& job) {
+  const int64_t line = job.phases * job.box_width;
+  for (int64_t i = 0; i < job.box_height; ++i) {
+    const int64_t y = job.y + i;
+    uint8_t* row = job.left + i * job.row;
+    for (int64_t c = 0; c < job.channels; ++c) memset(row + c * job.plane, Dot::flip, size_t(line));
+    if (y < 0 || y >= job.height) continue;
+    for (int64_t phase = 0; phase < job.phases; ++phase) {
+      const int64_t x = job.x + phase;  // source column of the first element
+      const int64_t begin = x < 0 ? (-x + job.step - 1) / job.step : 0;
+      int64_t end = x >= job.width ? 0 : (job.width - x + job.step - 1) / job.step;
+      if (end > job.box_width) end = job.box_width;
+      if (end <= begin) continue;
+      const int8_t* source = job.source + y * job.y_stride + (x + begin * job.step) * job.x_stride;
+      uint8_t* left = row + phase * job.box_width + begin;
+      const int64_t pixel = job.step * job.x_stride;
+      if (job.channel_stride == 1) {
+        transpose_bytes(source, pixel, end - begin, job.channels, left, job.plane, Dot::flip);
+      } else if (pixel == 1) {
+        for (int64_t c = 0; c < job.channels; ++c)
+          copy_flipped(source + c * job.channel_stride, end - begin, left + c * job.plane);
+      } else {
+        for (int64_t c = 0; c < job.channels; ++c)
+          for (int64_t j = 0; j < end - begin; ++j)
+            left[c * job.plane + j] = flipped(source[c * job.channel_stride + j * pixel]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lowbit
