@@ -251,9 +251,9 @@ struct Sums {
 };
 // the codes as bytes: byte i of vector j is code 8 / Bits * i + j; those of 1 bit are doubled
 template <int Bits>
-struct Bytes {
+struct Spread {
   __m512i v[8 / Bits];
-  explicit Bytes(const Run& run) {
+  explicit Spread(const Run& run) {
     for (int j = 0; j < 8 / Bits; ++j) {
       if (Bits == 1)
         v[j] = _mm512_and_si512(j ? _mm512_srli_epi32(run.v, j - 1) : _mm512_slli_epi32(run.v, 1), _mm512_set1_epi8(2));
@@ -263,7 +263,7 @@ struct Bytes {
   }
 };
 template <int Bits>
-inline void dot(Sums& sums, const Bytes<Bits>& codes, const int8_t* x) {
+inline void dot(Sums& sums, const Spread<Bits>& codes, const int8_t* x) {
 #if defined(__AVX512VNNI__)
   for (int j = 0; j < 8 / Bits; ++j) sums.v = _mm512_dpbusd_epi32(sums.v, codes.v[j], _mm512_loadu_si512(x + 64 * j));
 #else
@@ -312,9 +312,9 @@ struct Sums {
   }
 };
 template <int Bits>
-struct Bytes {
+struct Spread {
   __m256i v[8 / Bits][2];
-  explicit Bytes(const Run& run) {
+  explicit Spread(const Run& run) {
     for (int j = 0; j < 8 / Bits; ++j)
       for (int p = 0; p < 2; ++p) {
         const __m256i w = run.v[p];
@@ -326,7 +326,7 @@ struct Bytes {
   }
 };
 template <int Bits>
-inline void dot(Sums& sums, const Bytes<Bits>& codes, const int8_t* x) {
+inline void dot(Sums& sums, const Spread<Bits>& codes, const int8_t* x) {
   // at most 8 * 2 * 2 * 127, 4 * 2 * 3 * 127, 2 * 2 * 15 * 127: within int16
   for (int p = 0; p < 2; ++p) {
     __m256i pairs = _mm256_setzero_si256();
@@ -370,9 +370,9 @@ struct Sums {
   void store(int32_t* p) const { memcpy(p, v, sizeof v); }
 };
 template <int Bits>
-struct Bytes {
+struct Spread {
   int8_t v[8 / Bits][64];
-  explicit Bytes(const Run& run) {
+  explicit Spread(const Run& run) {
     for (int j = 0; j < 8 / Bits; ++j)
       for (int i = 0; i < 64; ++i) {
         const int code = int(run.v[i / 4] >> (i % 4 * 8 + j * Bits)) & ((1 << Bits) - 1);
@@ -381,7 +381,7 @@ struct Bytes {
   }
 };
 template <int Bits>
-inline void dot(Sums& sums, const Bytes<Bits>& codes, const int8_t* x) {
+inline void dot(Sums& sums, const Spread<Bits>& codes, const int8_t* x) {
   for (int j = 0; j < 8 / Bits; ++j)
     for (int i = 0; i < 64; ++i) sums.v[i / 4] += codes.v[j][i] * x[64 * j + i];
 }
@@ -518,7 +518,7 @@ inline void codes_tile(const PackedMm& job, int64_t column, int64_t row) {
       for (int n = 0; n < Columns; ++n) sum[n][m] = Sums::load(job.base + ((row + m) * segments + segment) * 16);
     for (const int64_t end = r + job.segment < job.runs ? r + job.segment : job.runs; r < end; ++r)
       for (int n = 0; n < Columns; ++n) {
-        const Bytes<Bits> codes(Run::load(weight[n] + 64 * r, job.weight_bytes - 64 * r));
+        const Spread<Bits> codes(Run::load(weight[n] + 64 * r, job.weight_bytes - 64 * r));
         for (int m = 0; m < Rows; ++m) dot<Bits>(sum[n][m], codes, x + (m * job.runs + r) * run_bytes);
       }
     if (job.lane)
