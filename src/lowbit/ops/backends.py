@@ -78,7 +78,7 @@ def load_compiled(folder: Path = _PACKAGE) -> None:
 
 def compiled_isas() -> tuple[str, ...]:
     """Instruction sets that the C++ kernels use on this CPU, best first; empty if they are not loaded."""
-    return _isas
+    return () if _load_error is not None else _isas
 
 
 @contextlib.contextmanager
