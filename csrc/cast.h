@@ -23,7 +23,16 @@ struct CastFormat {
   float least;             // table: the smallest magnitude where 0 is no level, otherwise 0
   int64_t search;          // table: 16, 32 or 256, more than there are switches
   float switches[levels];  // table: x goes to the interval (stochastic) or level i where i of these are <= x; then inf
+  float splits[16];          // table: every sixteenth switch, then inf
   float values[levels + 1];  // table: the levels
+};
+
+struct CastUniforms {
+  uint32_t key[2], high[2];           // as in uniform.h
+  uint64_t first;                     // index of the first element of the tile
+  int64_t row_index, column_index;    // from one row or column to the next
+  int64_t rows, columns;
+  float* out;  // has room for `CastKernels::buffer` numbers, and for 3 before
 };
 
 struct CastTile {
@@ -32,19 +41,13 @@ struct CastTile {
   int64_t x_row;
   const float* u;  // uniforms, for stochastic rounding
   int64_t u_row;
+  const CastUniforms* draw;  // null, or what `u` is filled with on the way: the rows follow each other
   const float* scale;
   const float* zero;               // or null
   int64_t scale_row;               // of `scale` and `zero`
   bool scale_column;               // one value for each column, otherwise for each row
   void* out;                       // float, or int8_t for codes
   int64_t out_row;
-};
-
-struct CastUniforms {
-  uint32_t key[2], high[2];           // as in uniform.h
-  uint64_t first;                     // index of the first element of the tile
-  int64_t row_index, column_index;    // from one row or column to the next
-  int64_t rows, columns;
 };
 
 struct BlockTile {
@@ -59,10 +62,9 @@ struct BlockTile {
 
 struct CastKernels {
   static constexpr int64_t tile = 2048;  // at most so many elements, with four more for each row unless there is one
-  static constexpr int64_t buffer = tile + 128;  // numbers that `uniforms` may write
+  static constexpr int64_t buffer = tile + 128;  // numbers that uniforms may take
   void (*cast)(const CastFormat& format, const CastTile& tile);
-  // uniforms of a tile; returns where the first is, and in `row` the distance of rows
-  const float* (*uniforms)(const CastUniforms& job, float* buffer, int64_t* row);
+  void (*uniforms)(const CastUniforms& job, CastTile& tile);  // sets u, u_row and perhaps draw
   void (*absmax)(const BlockTile& tile);  // `high` is what it was (NaN stays) or max|x|, whichever is larger
   void (*minmax)(const BlockTile& tile);  // the same with both ends
 };

@@ -163,6 +163,7 @@ inline LaneF round_whole(LaneF t, LaneF u) {
 
 template <CastRounding rounding>
 struct RoundInteger {
+  static constexpr bool stochastic = rounding == CastRounding::stochastic;
   LaneF low, high, up, down;
   explicit RoundInteger(const CastFormat& f)
       : low(Lanes::set(f.low)), high(Lanes::set(f.high)), up(Lanes::set(f.up)), down(Lanes::set(f.down)) {}
@@ -174,6 +175,7 @@ struct RoundInteger {
 // between the odd integers low and low + 2
 template <CastRounding rounding>
 struct RoundEven {
+  static constexpr bool stochastic = rounding == CastRounding::stochastic;
   LaneF low, high;
   explicit RoundEven(const CastFormat& f) : low(Lanes::set(f.low)), high(Lanes::set(f.high)) {}
   LaneF operator()(LaneF t, LaneF u) const {
@@ -212,6 +214,7 @@ struct RoundEven {
 // the step when a number of the right size is added and subtracted.
 template <CastRounding rounding>
 struct RoundFloat {
+  static constexpr bool stochastic = rounding == CastRounding::stochastic;
   LaneF low, high;
   LaneI lowest, shift;
   bool minus_zero;
@@ -241,6 +244,7 @@ struct RoundFloat {
 };
 
 struct RoundLog2 {
+  static constexpr bool stochastic = true;
   LaneF least, most;
   explicit RoundLog2(const CastFormat& f) : least(Lanes::set(f.low)), most(Lanes::set(f.high)) {}
   LaneF operator()(LaneF t, LaneF u) const {
@@ -257,16 +261,19 @@ struct RoundLog2 {
   }
 };
 
-template <int64_t entries, bool stochastic>
+template <int64_t entries, bool drawn>
 struct RoundTable {
+  static constexpr bool stochastic = drawn;
   LaneF low, high, least;
   bool zero;
+  Lanes::Table<16> splits;
   Lanes::Table<entries> switches, values, above;
   explicit RoundTable(const CastFormat& f)
       : low(Lanes::set(f.low)),
         high(Lanes::set(f.high)),
         least(Lanes::set(f.least)),
         zero(f.least == 0.0f),
+        splits(f.splits),
         switches(f.switches),
         values(f.values),
         above(f.values + 1) {}
@@ -276,9 +283,7 @@ struct RoundTable {
     LaneF x = t;
     if (!zero) x = L::where(L::less(L::abs(x), least), L::where(L::less(x, none), none - least, least), x);
     x = cut(x, low, high);
-    LaneI i = L::set(0);
-    for (int32_t step = int32_t(entries) / 2; step; step /= 2)
-      i = L::add_where(L::at_least(x, switches[L::add(i, L::set(step - 1))]), i, L::set(step));
+    const LaneI i = find(x);
     LaneF y = values[i];
     if constexpr (stochastic) {
       const LaneF next = above[i];
@@ -286,103 +291,57 @@ struct RoundTable {
     }
     return L::where(L::is_nan(t), t, y);
   }
+
+ private:
+  // how many of the 2 size - 1 entries from `first` on are <= x, added to `first`
+  template <class Sorted>
+  static LaneI search(LaneF x, const Sorted& table, LaneI first, int32_t size) {
+    using L = Lanes;
+    for (; size; size /= 2)
+      first = L::add_where(L::at_least(x, table[L::add(first, L::set(size - 1))]), first, L::set(size));
+    return first;
+  }
+  LaneI find(LaneF x) const {
+    using L = Lanes;
+    if constexpr (entries <= 32) return search(x, switches, L::set(0), int32_t(entries) / 2);
+    LaneI i = search(x, splits, L::set(0), 8);  // a large table is in memory: first every sixteenth, in a register
+    for (int doubling = 0; doubling < 4; ++doubling) i = L::add(i, i);
+    return search(x, switches, i, 8);
+  }
 };
-
-// ---- tiles ------------------------------------------------------------------------------------------------------------
-
-template <class Round, bool scale_column, bool whole>
-inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c, LaneF scale,
-                       LaneF zero, Lanes::Mask part) {
-  using L = Lanes;
-  const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
-  const LaneF x = load(tile.x + r * tile.x_row + c);
-  const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
-  if constexpr (scale_column) {
-    scale = load(tile.scale + r * tile.scale_row + c);
-    if (tile.zero != nullptr) zero = load(tile.zero + r * tile.scale_row + c);
-  }
-  LaneF t = x / scale;
-  if (tile.zero != nullptr) t = t + zero;
-  LaneF y = round(t, u);
-  const int64_t at = r * tile.out_row + c;
-  if (result == CastResult::codes) {
-    int8_t* out = static_cast<int8_t*>(tile.out) + at;
-    whole ? L::store(out, y) : L::store(out, y, part);
-    return;
-  }
-  if (result == CastResult::values) y = (tile.zero != nullptr ? y - zero : y) * scale;
-  y = L::where(L::is_nan(y), L::real(L::set(0x7fc00000)), y);
-  float* out = static_cast<float*>(tile.out) + at;
-  whole ? L::store(out, y) : L::store(out, y, part);
-}
-
-template <class Round, bool scale_column>
-void cast_tile(const CastFormat& format, const CastTile& given) {
-  const Round round(format);
-  const CastTile tile = given;  // a copy: stores through `out` can't change it
-  const CastResult result = format.result;
-  const int64_t rest = tile.columns % Lanes::count, whole = tile.columns - rest;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const LaneF scale = Lanes::set(tile.scale[r * tile.scale_row]);
-    const LaneF zero = Lanes::set(tile.zero == nullptr ? 0.0f : tile.zero[r * tile.scale_row]);
-    for (int64_t c = 0; c < whole; c += Lanes::count)
-      cast_lanes<Round, scale_column, true>(round, result, tile, r, c, scale, zero, Lanes::Mask());
-    if (rest)
-      cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, scale, zero, Lanes::first(rest));
-  }
-}
-
-template <class Round>
-void cast_with(const CastFormat& format, const CastTile& tile) {
-  tile.scale_column ? cast_tile<Round, true>(format, tile) : cast_tile<Round, false>(format, tile);
-}
-
-template <template <CastRounding> class Round>
-void cast_rounding(const CastFormat& format, const CastTile& tile) {
-  switch (format.rounding) {
-    case CastRounding::half_even: return cast_with<Round<CastRounding::half_even>>(format, tile);
-    case CastRounding::half_away: return cast_with<Round<CastRounding::half_away>>(format, tile);
-    case CastRounding::half_up: return cast_with<Round<CastRounding::half_up>>(format, tile);
-    case CastRounding::half_down: return cast_with<Round<CastRounding::half_down>>(format, tile);
-    case CastRounding::floor: return cast_with<Round<CastRounding::floor>>(format, tile);
-    case CastRounding::truncate: return cast_with<Round<CastRounding::truncate>>(format, tile);
-    case CastRounding::stochastic: return cast_with<Round<CastRounding::stochastic>>(format, tile);
-  }
-}
-
-template <bool stochastic>
-void cast_table(const CastFormat& format, const CastTile& tile) {
-  if (format.search == 16) return cast_with<RoundTable<16, stochastic>>(format, tile);
-  if (format.search == 32) return cast_with<RoundTable<32, stochastic>>(format, tile);
-  return cast_with<RoundTable<256, stochastic>>(format, tile);
-}
-
-void cast(const CastFormat& format, const CastTile& tile) {
-  const bool stochastic = format.rounding == CastRounding::stochastic;
-  switch (format.kind) {
-    case CastKind::integer: return cast_rounding<RoundInteger>(format, tile);
-    case CastKind::even: return cast_rounding<RoundEven>(format, tile);
-    case CastKind::log2: return cast_with<RoundLog2>(format, tile);
-    case CastKind::floating:
-      return stochastic ? cast_with<RoundFloat<CastRounding::stochastic>>(format, tile)
-                        : cast_with<RoundFloat<CastRounding::half_even>>(format, tile);
-    case CastKind::table: return stochastic ? cast_table<true>(format, tile) : cast_table<false>(format, tile);
-  }
-}
 
 // ---- uniforms of a tile -----------------------------------------------------------------------------------------------
 
-// Uniforms first, first + 1, ... of which `count` are needed, to `out`; up to 3 more before them, and 31 behind.
-void uniforms_in_order(const CastUniforms& job, uint64_t first, int64_t count, float* out) {
-  float* end = out + count;
-  out -= first % 4;
-  uint64_t block = first / 4;
+// The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 31 behind.
+struct Draw {
 #if defined(LOWBIT_VECTOR_WORDS)
-  constexpr int64_t blocks = Vec::Words::counters;
-  for (; out < end; out += 4 * blocks, block += blocks) philox_blocks(block, job.key, job.high, out);
+  static constexpr int64_t blocks = Vec::Words::counters;
+  const PhiloxKeys keys;
 #else
-  for (; out < end; out += 4, ++block) philox_block(block, job.key, job.high, out);
+  static constexpr int64_t blocks = 1;
+  const uint32_t* keys;
 #endif
+  uint32_t high[2];
+  uint64_t block;
+  float* out;
+
+  explicit Draw(const CastUniforms* job) : Draw(*job, job->first, job->out) {}
+  Draw(const CastUniforms& job, uint64_t first, float* to)
+      : keys(job.key), high{job.high[0], job.high[1]}, block(first / 4), out(to - first % 4) {}
+  // all before `end`
+  void until(const float* end) {
+    for (; out < end; out += 4 * blocks, block += blocks) {
+#if defined(LOWBIT_VECTOR_WORDS)
+      philox_blocks(block, keys, high, out);
+#else
+      philox_block(block, keys, high, out);
+#endif
+    }
+  }
+};
+
+void uniforms_in_order(const CastUniforms& job, uint64_t first, int64_t count, float* out) {
+  Draw(job, first, out).until(out + count);
 }
 
 #if defined(__AVX512F__)
@@ -399,6 +358,7 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
   __mmask16 starts[4];
   for (int i = 0; i < 4; ++i) starts[i] = _mm512_cmpeq_epi32_mask(offset, _mm512_set1_epi32(i));
   const bool aligned = starts[0] == 0xffff;
+  const PhiloxKeys keys(job.key);
   // columns that start at another word of their first block than 0 are shifted up: a row is made of rows of blocks
   float rows[4 * 16 * 2];  // this block and the one before
   const int64_t blocks = (job.rows + (aligned ? 0 : 3) + 3) / 4;
@@ -406,7 +366,7 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
     W words[2][4];
     for (int h = 0; h < 2; ++h) {
       const __m512i counter = _mm512_add_epi64(_mm512_srli_epi64(index[h], 2), _mm512_set1_epi64((long long)b));
-      philox_words({counter}, job.key, job.high, words[h]);
+      philox_words({counter}, keys, job.high, words[h]);
     }
     float* now = rows + (b % 2) * 64;
     const float* before = rows + (1 - b % 2) * 64;
@@ -440,21 +400,22 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
 }
 #endif
 
-const float* uniforms(const CastUniforms& job, float* buffer, int64_t* row) {
-  float* out = buffer + 4;
+void uniforms(const CastUniforms& job, CastTile& tile) {
+  float* out = job.out;
+  tile.u = out;
   if (job.column_index == 1 && (job.rows == 1 || job.row_index == job.columns)) {
-    *row = job.columns;
-    uniforms_in_order(job, job.first, job.rows * job.columns, out);
+    tile.u_row = job.columns;
+    tile.draw = &job;  // while casting: the processor overlaps the multiplications of one with the divisions of the other
   } else if (job.column_index == 1) {
-    *row = job.columns + 4;
+    tile.u_row = job.columns + 4;
     for (int64_t r = 0; r < job.rows; ++r)
-      uniforms_in_order(job, job.first + uint64_t(r * job.row_index), job.columns, out + r * *row);
+      uniforms_in_order(job, job.first + uint64_t(r * job.row_index), job.columns, out + r * tile.u_row);
   } else if (job.row_index == 1) {
-    *row = (job.columns + 15) / 16 * 16;
+    tile.u_row = (job.columns + 15) / 16 * 16;
     for (int64_t c = 0; c < job.columns; c += 16)
-      uniforms_of_columns(job, job.first + uint64_t(c * job.column_index), out + c, *row);
+      uniforms_of_columns(job, job.first + uint64_t(c * job.column_index), out + c, tile.u_row);
   } else {
-    *row = job.columns;
+    tile.u_row = job.columns;
     for (int64_t r = 0; r < job.rows; ++r)
       for (int64_t c = 0; c < job.columns; ++c) {
         const uint64_t index = job.first + uint64_t(r * job.row_index + c * job.column_index);
@@ -463,7 +424,109 @@ const float* uniforms(const CastUniforms& job, float* buffer, int64_t* row) {
         out[r * job.columns + c] = four[index % 4];
       }
   }
-  return out;
+}
+
+// ---- tiles ------------------------------------------------------------------------------------------------------------
+
+template <class Round, bool scale_column, bool whole>
+inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c, LaneF scale,
+                       LaneF zero, Lanes::Mask part) {
+  using L = Lanes;
+  const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
+  const LaneF x = load(tile.x + r * tile.x_row + c);
+  const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
+  if constexpr (scale_column) {
+    scale = load(tile.scale + r * tile.scale_row + c);
+    if (tile.zero != nullptr) zero = load(tile.zero + r * tile.scale_row + c);
+  }
+  LaneF t = x / scale;
+  if (tile.zero != nullptr) t = t + zero;
+  LaneF y = round(t, u);
+  const int64_t at = r * tile.out_row + c;
+  if (result == CastResult::codes) {
+    int8_t* out = static_cast<int8_t*>(tile.out) + at;
+    whole ? L::store(out, y) : L::store(out, y, part);
+    return;
+  }
+  if (result == CastResult::values) y = (tile.zero != nullptr ? y - zero : y) * scale;
+  y = L::where(L::is_nan(y), L::real(L::set(0x7fc00000)), y);
+  float* out = static_cast<float*>(tile.out) + at;
+  whole ? L::store(out, y) : L::store(out, y, part);
+}
+
+struct NoDraw {
+  explicit NoDraw(const CastUniforms*) {}
+  void until(const float*) {}
+};
+template <bool drawing>
+struct ChooseDraw { typedef NoDraw type; };
+template <>
+struct ChooseDraw<true> { typedef Draw type; };
+
+template <class Round, bool scale_column, bool drawing>
+void cast_tile(const CastFormat& format, const CastTile& given) {
+  const Round round(format);
+  const CastTile tile = given;  // a copy: stores through `out` can't change it
+  const CastResult result = format.result;
+  const int64_t rest = tile.columns % Lanes::count, whole = tile.columns - rest;
+  typename ChooseDraw<drawing>::type draw(tile.draw);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const LaneF scale = Lanes::set(tile.scale[r * tile.scale_row]);
+    const LaneF zero = Lanes::set(tile.zero == nullptr ? 0.0f : tile.zero[r * tile.scale_row]);
+    for (int64_t c = 0; c < whole; c += Lanes::count) {
+      draw.until(tile.u + r * tile.u_row + c + Lanes::count);
+      cast_lanes<Round, scale_column, true>(round, result, tile, r, c, scale, zero, Lanes::Mask());
+    }
+    if (rest) {
+      draw.until(tile.u + r * tile.u_row + tile.columns);
+      cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, scale, zero, Lanes::first(rest));
+    }
+  }
+}
+
+template <class Round, bool drawing>
+void cast_scale(const CastFormat& format, const CastTile& tile) {
+  tile.scale_column ? cast_tile<Round, true, drawing>(format, tile) : cast_tile<Round, false, drawing>(format, tile);
+}
+
+template <class Round>
+void cast_with(const CastFormat& format, const CastTile& tile) {
+  if constexpr (Round::stochastic)
+    if (tile.draw != nullptr) return cast_scale<Round, true>(format, tile);
+  cast_scale<Round, false>(format, tile);
+}
+
+template <template <CastRounding> class Round>
+void cast_rounding(const CastFormat& format, const CastTile& tile) {
+  switch (format.rounding) {
+    case CastRounding::half_even: return cast_with<Round<CastRounding::half_even>>(format, tile);
+    case CastRounding::half_away: return cast_with<Round<CastRounding::half_away>>(format, tile);
+    case CastRounding::half_up: return cast_with<Round<CastRounding::half_up>>(format, tile);
+    case CastRounding::half_down: return cast_with<Round<CastRounding::half_down>>(format, tile);
+    case CastRounding::floor: return cast_with<Round<CastRounding::floor>>(format, tile);
+    case CastRounding::truncate: return cast_with<Round<CastRounding::truncate>>(format, tile);
+    case CastRounding::stochastic: return cast_with<Round<CastRounding::stochastic>>(format, tile);
+  }
+}
+
+template <bool stochastic>
+void cast_table(const CastFormat& format, const CastTile& tile) {
+  if (format.search == 16) return cast_with<RoundTable<16, stochastic>>(format, tile);
+  if (format.search == 32) return cast_with<RoundTable<32, stochastic>>(format, tile);
+  return cast_with<RoundTable<256, stochastic>>(format, tile);
+}
+
+void cast(const CastFormat& format, const CastTile& tile) {
+  const bool stochastic = format.rounding == CastRounding::stochastic;
+  switch (format.kind) {
+    case CastKind::integer: return cast_rounding<RoundInteger>(format, tile);
+    case CastKind::even: return cast_rounding<RoundEven>(format, tile);
+    case CastKind::log2: return cast_with<RoundLog2>(format, tile);
+    case CastKind::floating:
+      return stochastic ? cast_with<RoundFloat<CastRounding::stochastic>>(format, tile)
+                        : cast_with<RoundFloat<CastRounding::half_even>>(format, tile);
+    case CastKind::table: return stochastic ? cast_table<true>(format, tile) : cast_table<false>(format, tile);
+  }
 }
 
 // ---- statistics of a tile ---------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ void set_table(CastFormat& f, const Tensor& table) {
     f.switches[i] = stochastic ? high : switch_point(f.rounding, low, high, at(1, i) != 0, at(2, i));
     if (!stochastic && f.least > 0 && low < 0 && high > 0) f.switches[i] = 0.0f;  // the sign decides, 0 is positive
   }
+  for (int64_t i = 0; i < 16; ++i) f.splits[i] = f.switches[16 * i + 15];
   f.search = switches < 16 ? 16 : switches < 32 ? 32 : 256;
 }
 
@@ -436,14 +437,16 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
     if (t.zero != nullptr) t.zero = gathered(t.zero, part, columns.block, &row, buffers.zero);
   }
   t.u = nullptr;
+  t.draw = nullptr;
+  lowbit::CastUniforms want;
   if (job.keyed) {
-    buffers.u.resize(size_t(CastKernels::buffer));
-    lowbit::CastUniforms want;
+    buffers.u.resize(size_t(CastKernels::buffer) + 4);
     std::copy(job.key, job.key + 2, want.key), std::copy(job.high, job.high + 2, want.high);
     want.first = uint64_t(part.at.index);
     want.row_index = rows.index, want.column_index = columns.index;
     want.rows = part.rows, want.columns = part.columns;
-    t.u = kernels.uniforms(want, buffers.u.data(), &t.u_row);
+    want.out = buffers.u.data() + 4;
+    kernels.uniforms(want, t);
   } else if (job.u != nullptr) {
     t.u_row = rows.u;
     t.u = gathered(job.u + part.at.u, part, columns.u, &t.u_row, buffers.u);

@@ -28,29 +28,38 @@ void philox_block(uint64_t block, const uint32_t key[2], const uint32_t high[2],
 }
 
 #if defined(LOWBIT_VECTOR_WORDS)
-// The same for several counters at once. A word lives in the low half of a 64-bit lane; what the high half holds does
+// The keys of all rounds, in memory: there a vector instruction broadcasts them for free.
+struct PhiloxKeys {
+  uint64_t round[philox_rounds][2];
+  explicit PhiloxKeys(const uint32_t key[2]) {
+    uint32_t k0 = key[0], k1 = key[1];
+    for (auto& k : round) {
+      k[0] = k0, k[1] = k1;
+      k0 += philox_w0, k1 += philox_w1;
+    }
+  }
+};
+
+// The words of several counters at once. A word lives in the low half of a 64-bit lane; what the high half holds does
 // not matter, because the widening product reads the low half only.
-inline void philox_words(Vec::Words counters, const uint32_t key[2], const uint32_t high[2], Vec::Words words[4]) {
+inline void philox_words(Vec::Words counters, const PhiloxKeys& keys, const uint32_t high[2], Vec::Words words[4]) {
   using W = Vec::Words;
   const W m0 = W::set(philox_m0), m1 = W::set(philox_m1);
   W c0 = counters, c1 = W::high(counters), c2 = W::set(high[0]), c3 = W::set(high[1]);
-  uint32_t k0 = key[0], k1 = key[1];
-  for (int r = 0; r < philox_rounds; ++r) {
+  for (const auto& k : keys.round) {
     const W p0 = W::product(c0, m0), p1 = W::product(c2, m1);
-    c0 = W::exclusive_or(W::high(p1), c1, W::set(k0));
-    c2 = W::exclusive_or(W::high(p0), c3, W::set(k1));
+    c0 = W::exclusive_or(W::high(p1), c1, W::set(k[0]));
+    c2 = W::exclusive_or(W::high(p0), c3, W::set(k[1]));
     c1 = p1;
     c3 = p0;
-    k0 += philox_w0;
-    k1 += philox_w1;
   }
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
 // uniforms of the blocks from `block` on
-inline void philox_blocks(uint64_t block, const uint32_t key[2], const uint32_t high[2], float* out) {
+inline void philox_blocks(uint64_t block, const PhiloxKeys& keys, const uint32_t high[2], float* out) {
   Vec::Words words[4];
-  philox_words(Vec::Words::range(block), key, high, words);
+  philox_words(Vec::Words::range(block), keys, high, words);
   Vec::Words::store_uniform(out, words[0], words[1], words[2], words[3]);
 }
 #endif
@@ -59,8 +68,9 @@ void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32
   int64_t block = begin;
   const int64_t whole = end < count / 4 ? end : count / 4;
 #if defined(LOWBIT_VECTOR_WORDS)
+  const PhiloxKeys keys(key);
   for (; block + Vec::Words::counters <= whole; block += Vec::Words::counters)
-    philox_blocks(uint64_t(block), key, high, out + 4 * block);
+    philox_blocks(uint64_t(block), keys, high, out + 4 * block);
 #endif
   for (; block < whole; ++block) philox_block(uint64_t(block), key, high, out + 4 * block);
   for (; block < end; ++block) {
