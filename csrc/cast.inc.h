@@ -312,10 +312,10 @@ struct RoundTable {
 
 // ---- uniforms of a tile -----------------------------------------------------------------------------------------------
 
-// The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 31 behind.
+// The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 63 behind.
 struct Draw {
 #if defined(LOWBIT_VECTOR_WORDS)
-  static constexpr int64_t blocks = Vec::Words::counters;
+  static constexpr int64_t blocks = philox_blocks_at_once;
   const PhiloxKeys keys;
 #else
   static constexpr int64_t blocks = 1;
@@ -355,6 +355,7 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
                             _mm512_add_epi64(origin, _mm512_mullo_epi64(step, _mm512_add_epi64(lane, W::set(8).v)))};
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i offset = _mm512_and_si512(_mm512_permutex2var_epi32(index[0], even, index[1]), _mm512_set1_epi32(3));
+  const __m512i block[2] = {_mm512_srli_epi64(index[0], 2), _mm512_srli_epi64(index[1], 2)};
   __mmask16 starts[4];
   for (int i = 0; i < 4; ++i) starts[i] = _mm512_cmpeq_epi32_mask(offset, _mm512_set1_epi32(i));
   const bool aligned = starts[0] == 0xffff;
@@ -363,15 +364,13 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
   float rows[4 * 16 * 2];  // this block and the one before
   const int64_t blocks = (job.rows + (aligned ? 0 : 3) + 3) / 4;
   for (int64_t b = 0; b < blocks; ++b) {
-    W words[2][4];
-    for (int h = 0; h < 2; ++h) {
-      const __m512i counter = _mm512_add_epi64(_mm512_srli_epi64(index[h], 2), _mm512_set1_epi64((long long)b));
-      philox_words({counter}, keys, job.high, words[h]);
-    }
+    const __m512i more = _mm512_set1_epi64((long long)b);
+    const PhiloxPair pair = philox_pair({_mm512_add_epi64(block[0], more)}, {_mm512_add_epi64(block[1], more)}, keys,
+                                        job.high);
     float* now = rows + (b % 2) * 64;
     const float* before = rows + (1 - b % 2) * 64;
     for (int w = 0; w < 4; ++w) {
-      const __m512i bits = _mm512_permutex2var_epi32(words[0][w].v, even, words[1][w].v);
+      const __m512i bits = _mm512_permutex2var_epi32(pair.words[0][w].v, even, pair.words[1][w].v);
       const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(bits, 8)), _mm512_set1_ps(0x1p-24f));
       if (!aligned) _mm512_storeu_ps(now + 16 * w, u);
       else if (4 * b + w < job.rows) _mm512_storeu_ps(out + (4 * b + w) * row, u);

@@ -40,27 +40,38 @@ struct PhiloxKeys {
   }
 };
 
-// The words of several counters at once. A word lives in the low half of a 64-bit lane; what the high half holds does
-// not matter, because the widening product reads the low half only.
-inline void philox_words(Vec::Words counters, const PhiloxKeys& keys, const uint32_t high[2], Vec::Words words[4]) {
+// The words of two vectors of counters. A word lives in the low half of a 64-bit lane; what the high half holds does not
+// matter, because the widening product reads the low half only. Two at a time, because one waits for its products.
+struct PhiloxPair {
+  Vec::Words words[2][4];
+};
+
+inline PhiloxPair philox_pair(Vec::Words first, Vec::Words second, const PhiloxKeys& keys, const uint32_t high[2]) {
   using W = Vec::Words;
-  const W m0 = W::set(philox_m0), m1 = W::set(philox_m1);
-  W c0 = counters, c1 = W::high(counters), c2 = W::set(high[0]), c3 = W::set(high[1]);
+  const W m0 = W::set(philox_m0), m1 = W::set(philox_m1), c2 = W::set(high[0]), c3 = W::set(high[1]);
+  PhiloxPair pair = {{{first, W::high(first), c2, c3}, {second, W::high(second), c2, c3}}};
   for (const auto& k : keys.round) {
-    const W p0 = W::product(c0, m0), p1 = W::product(c2, m1);
-    c0 = W::exclusive_or(W::high(p1), c1, W::set(k[0]));
-    c2 = W::exclusive_or(W::high(p0), c3, W::set(k[1]));
-    c1 = p1;
-    c3 = p0;
+    for (auto& c : pair.words) {
+      const W p0 = W::product(c[0], m0), p1 = W::product(c[2], m1);
+      c[0] = W::exclusive_or(W::high(p1), c[1], W::set(k[0]));
+      c[2] = W::exclusive_or(W::high(p0), c[3], W::set(k[1]));
+      c[1] = p1;
+      c[3] = p0;
+    }
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  return pair;
 }
+
+constexpr int64_t philox_blocks_at_once = 2 * Vec::Words::counters;
 
 // uniforms of the blocks from `block` on
 inline void philox_blocks(uint64_t block, const PhiloxKeys& keys, const uint32_t high[2], float* out) {
-  Vec::Words words[4];
-  philox_words(Vec::Words::range(block), keys, high, words);
-  Vec::Words::store_uniform(out, words[0], words[1], words[2], words[3]);
+  using W = Vec::Words;
+  const PhiloxPair pair = philox_pair(W::range(block), W::range(block + W::counters), keys, high);
+  for (int i = 0; i < 2; ++i) {
+    const auto& w = pair.words[i];
+    W::store_uniform(out + 4 * W::counters * i, w[0], w[1], w[2], w[3]);
+  }
 }
 #endif
 
@@ -69,7 +80,7 @@ void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32
   const int64_t whole = end < count / 4 ? end : count / 4;
 #if defined(LOWBIT_VECTOR_WORDS)
   const PhiloxKeys keys(key);
-  for (; block + Vec::Words::counters <= whole; block += Vec::Words::counters)
+  for (; block + philox_blocks_at_once <= whole; block += philox_blocks_at_once)
     philox_blocks(uint64_t(block), keys, high, out + 4 * block);
 #endif
   for (; block < whole; ++block) philox_block(uint64_t(block), key, high, out + 4 * block);
