@@ -16,58 +16,71 @@ inline uint16_t bfloat16_bits(float x) {
   return (bits & 0x7fffffff) > 0x7f800000 ? uint16_t(0x7fc0) : uint16_t(rounded);
 }
 
-// `n` <= 16 results
-inline void store_results(void* out, int64_t at, bool bfloat16, const float* line, int64_t n) {
-  if (!bfloat16) {
-    memcpy((float*)out + at, line, size_t(n) * sizeof(float));
-    return;
+inline void store_bfloat16(uint16_t* out, Vec::F x) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                                _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(rounded));
+#else
+  float line[Vec::lanes];
+  Vec::store(line, x);
+  for (int64_t j = 0; j < Vec::lanes; ++j) out[j] = bfloat16_bits(line[j]);
+#endif
+}
+
+// the results of one row in one panel, `columns` of them
+inline void store_results(const Int8Product& job, int64_t at, const Vec::F* result, int64_t columns) {
+  union {
+    float real[int8_panel];
+    uint16_t bits[int8_panel];
+  } line;
+  const bool full = columns >= int8_panel;
+  if (job.bfloat16) {
+    uint16_t* const out = (uint16_t*)job.out + at;
+    for (int v = 0; v < panel_sums; ++v) store_bfloat16((full ? out : line.bits) + v * Vec::lanes, result[v]);
+    if (!full) memcpy(out, line.bits, size_t(columns) * sizeof(uint16_t));
+  } else {
+    float* const out = (float*)job.out + at;
+    for (int v = 0; v < panel_sums; ++v) Vec::store((full ? out : line.real) + v * Vec::lanes, result[v]);
+    if (!full) memcpy(out, line.real, size_t(columns) * sizeof(float));
   }
-  uint16_t bits[int8_panel];
-  for (int64_t j = 0; j < int8_panel; ++j) bits[j] = bfloat16_bits(line[j]);
-  memcpy((uint16_t*)out + at, bits, size_t(n) * sizeof(uint16_t));
 }
 
 // one row of one panel through the epilogue; `real` are the sums
 inline void finish(const Int8Product& job, int64_t at, float left_scale, int64_t column, const Vec::F* real) {
   const Vec::F scale = Vec::set(left_scale);
-  const int64_t columns = job.columns - column;
   Vec::F result[panel_sums];
   for (int v = 0; v < panel_sums; ++v) {
     const int64_t lane = column + v * Vec::lanes;
     result[v] = Vec::mul(real[v], Vec::mul(scale, Vec::load(job.right_scale + lane)));
     if (job.bias != nullptr) result[v] = Vec::add(result[v], Vec::load(job.bias + lane));
   }
-  if (!job.bfloat16 && columns >= int8_panel) {
-    float* out = (float*)job.out + at;
-    for (int v = 0; v < panel_sums; ++v) Vec::store(out + v * Vec::lanes, result[v]);
-    return;
-  }
-  float line[int8_panel];
-  for (int v = 0; v < panel_sums; ++v) Vec::store(line + v * Vec::lanes, result[v]);
-  if (columns >= int8_panel) store_results(job.out, at, job.bfloat16, line, int8_panel);  // a copy of fixed size
-  else store_results(job.out, at, job.bfloat16, line, columns);
+  store_results(job, at, result, job.columns - column);
 }
 
+// The sums of a tile: alone in a function, because they and what feeds them take nearly all registers.
 template <int Rows, int Panels>
-void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t panel) {
+__attribute__((noinline)) void tile_sums(const Int8Product& job, const uint8_t* left, const int8_t* right,
+                                         const int32_t* correction, int32_t* out) {
   constexpr int width = Panels * panel_sums;
-  const int64_t column = panel * int8_panel;
   Dot::Sums sums[Rows][width];
   for (int v = 0; v < width; ++v) {
-    const Dot::Sums correction = Dot::load_sums(job.correction + column + v * Dot::lanes);
-    for (int i = 0; i < Rows; ++i) sums[i][v] = correction;
+    const Dot::Sums start = Dot::load_sums(correction + v * Dot::lanes);
+    for (int i = 0; i < Rows; ++i) sums[i][v] = start;
   }
-  const uint8_t* const left = group.left + row * job.left_row;
-  const int64_t pitch = job.left_row;
-  const int8_t* right = job.right + panel * job.panel_bytes;
-  for (int64_t s = 0; s < job.segment_count; ++s) {
+  const int64_t pitch = job.left_row, panel_bytes = job.panel_bytes, steps = job.steps;
+  const int64_t* segment = job.segments;
+  for (const int64_t* const end = segment + job.segment_count; segment < end; ++segment) {
     const uint8_t* a[(Rows + 2) / 3];  // each for three rows: x86 addresses hold pitch and 2 * pitch
-    for (int i = 0; i < (Rows + 2) / 3; ++i) a[i] = left + job.segments[s] + 3 * i * pitch;
-    for (int64_t k = 0; k < job.steps; ++k) {
+    for (int i = 0; i < (Rows + 2) / 3; ++i) a[i] = left + *segment + 3 * i * pitch;
+    for (int64_t k = steps; k > 0; --k) {
       Dot::Right b[width];
       for (int p = 0; p < Panels; ++p)
         for (int v = 0; v < panel_sums; ++v)
-          b[p * panel_sums + v] = Dot::right(right + p * job.panel_bytes + v * Dot::lanes * 4);
+          b[p * panel_sums + v] = Dot::right(right + p * panel_bytes + v * Dot::lanes * 4);
       right += 64;
       for (int i = 0; i < Rows; ++i) {
         const Dot::Left x = Dot::left(a[i / 3] + i % 3 * pitch);
@@ -76,27 +89,33 @@ void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t pa
       for (int i = 0; i < (Rows + 2) / 3; ++i) a[i] += 4;
     }
   }
-  if (!job.first || !job.last) {
-    // a wrapping sum: through unsigned numbers
-    for (int i = 0; i < Rows; ++i)
-      for (int v = 0; v < width; ++v) {
-        int32_t* kept = group.sums + (row + i) * job.sums_row + column + v * Dot::lanes;
-        int32_t line[Dot::lanes];
-        Dot::store_sums(line, sums[i][v]);
-        if (!job.first)
-          for (int64_t j = 0; j < Dot::lanes; ++j) line[j] = int32_t(uint32_t(line[j]) + uint32_t(kept[j]));
-        if (job.last) sums[i][v] = Dot::load_sums(line);
-        else memcpy(kept, line, sizeof line);
-      }
-    if (!job.last) return;
-  }
   for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < width; ++v) Dot::store_sums(out + (i * width + v) * Dot::lanes, sums[i][v]);
+}
+
+template <int Rows, int Panels>
+void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t panel) {
+  const int64_t column = panel * int8_panel;
+  int32_t sums[Rows][Panels * int8_panel];
+  tile_sums<Rows, Panels>(job, group.left + row * job.left_row, job.right + panel * job.panel_bytes,
+                          job.correction + column, sums[0]);
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t at = group.out + (row + i) * job.out_row + column;
+    int32_t* const kept = group.sums + (row + i) * job.sums_row + column;
     for (int p = 0; p < Panels; ++p) {
       Vec::F real[panel_sums];
-      for (int v = 0; v < panel_sums; ++v) real[v] = Dot::real(sums[i][p * panel_sums + v]);
-      finish(job, group.out + (row + i) * job.out_row + column + p * int8_panel,
-             group.left_scale[(row + i) * job.left_scale_step], column + p * int8_panel, real);
+      for (int v = 0; v < panel_sums; ++v) {
+        const int64_t lane = p * int8_panel + v * Dot::lanes;
+        Dot::Sums sum = Dot::load_sums(sums[i] + lane);
+        if (!job.first) sum = Dot::plus(sum, Dot::load_sums(kept + lane));
+        if (!job.last) Dot::store_sums(kept + lane, sum);
+        real[v] = Dot::real(sum);
+      }
+      if (job.last)
+        finish(job, at + p * int8_panel, group.left_scale[(row + i) * job.left_scale_step], column + p * int8_panel,
+               real);
     }
+  }
 }
 
 typedef void (*Tile)(const Int8Product&, const Int8Rows&, int64_t row, int64_t panel);
@@ -145,35 +164,56 @@ void finish_long(const Int8Product& job, const int64_t* sums, int64_t sums_row) 
       }
 }
 
+// 16 rows of 16 numbers, transposed
+inline void transpose_panel(const float* in, float* out, int64_t out_row) {
+#if defined(__SSE2__)
+  for (int64_t i = 0; i < int8_panel; i += 4)
+    for (int64_t j = 0; j < int8_panel; j += 4) {
+      __m128 r[4];
+      for (int k = 0; k < 4; ++k) r[k] = _mm_loadu_ps(in + (i + k) * int8_panel + j);
+      _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+      for (int k = 0; k < 4; ++k) _mm_storeu_ps(out + (j + k) * out_row + i, r[k]);
+    }
+#else
+  for (int64_t i = 0; i < int8_panel; ++i)
+    for (int64_t j = 0; j < int8_panel; ++j) out[j * out_row + i] = in[i * int8_panel + j];
+#endif
+}
+
 void finish_grad_w(const Int8GradW& job) {
   constexpr int64_t most = 64;  // results of one column that are put together before they are stored
+  const int64_t count = job.channels * job.taps;
   for (int64_t column = 0; column < job.columns; column += int8_panel) {
     const int64_t columns = job.columns - column < int8_panel ? job.columns - column : int8_panel;
-    const int64_t count = job.channels * job.taps;
+    Vec::F scale[panel_sums];
+    for (int v = 0; v < panel_sums; ++v) scale[v] = Vec::load(job.column_scale + column + v * Vec::lanes);
+    int64_t channel = 0, tap = 0;
     for (int64_t begin = 0; begin < count; begin += most) {
       const int64_t n = count - begin < most ? count - begin : most;
-      float real[int8_panel][most];
-      int64_t channel = begin / job.taps, tap = begin % job.taps;
+      float rows[most * int8_panel] = {}, real[int8_panel * most];
       for (int64_t m = 0; m < n; ++m) {
         const int32_t* sums = job.sums + tap * job.tap + channel * job.channel + column;
-        const float left = job.channel_scale[channel * job.channel_scale_step];
+        const Vec::F left = Vec::set(job.channel_scale[channel * job.channel_scale_step]);
         float line[int8_panel];
-        if (job.parts == 1) {
-          for (int64_t j = 0; j < int8_panel; ++j) line[j] = float(sums[j]);
-        } else {
+        if (job.parts > 1) {
           int64_t total[int8_panel] = {};
           for (int64_t p = 0; p < job.parts; ++p)
             for (int64_t j = 0; j < int8_panel; ++j) total[j] += sums[p * job.part + j];
           for (int64_t j = 0; j < int8_panel; ++j) line[j] = float(total[j]);
         }
-        for (int64_t j = 0; j < int8_panel; ++j) real[j][m] = line[j] * (left * job.column_scale[column + j]);
+        for (int v = 0; v < panel_sums; ++v) {
+          const Vec::F x = job.parts > 1 ? Vec::load(line + v * Vec::lanes)
+                                         : Dot::real(Dot::load_sums(sums + v * Vec::lanes));
+          Vec::store(rows + m * int8_panel + v * Vec::lanes, Vec::mul(x, Vec::mul(left, scale[v])));
+        }
         if (++tap == job.taps) tap = 0, ++channel;
       }
+      for (int64_t m = 0; m < n; m += int8_panel) transpose_panel(rows + m * int8_panel, real + m, most);
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t at = (column + j) * job.out_column + begin;
-        if (!job.bfloat16) memcpy((float*)job.out + at, real[j], size_t(n) * sizeof(float));
+        if (!job.bfloat16) memcpy((float*)job.out + at, real + j * most, size_t(n) * sizeof(float));
         else
-          for (int64_t m = 0; m < n; ++m) ((uint16_t*)job.out)[at + m] = bfloat16_bits(real[j][m]);
+          for (int64_t m = 0; m < n; ++m) ((uint16_t*)job.out)[at + m] = bfloat16_bits(real[j * most + m]);
       }
     }
   }

@@ -15,13 +15,14 @@ namespace {
 struct Dot {
   static constexpr uint8_t flip = 0x80;  // the left codes of vpdpbusd are unsigned
   static constexpr int64_t lanes = 16;
-  static constexpr int most_rows = 14, most_panels = 2, most_rows_narrow = 24;  // 28 sums; 24 with one panel
+  static constexpr int most_rows = 12, most_panels = 2, most_rows_narrow = 24;  // 24 sums; with more, GCC spills
   typedef __m512i Sums;
   typedef __m512i Left;
   typedef __m512i Right;
   static Sums zero() { return _mm512_setzero_si512(); }
   static Sums load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_sums(int32_t* p, Sums v) { _mm512_storeu_si512(p, v); }
+  static Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static __m512 real(Sums v) { return _mm512_cvtepi32_ps(v); }
   static Left left(const uint8_t* p) {
     int32_t word;
@@ -61,6 +62,7 @@ struct Dot : DotOfPairs {
   typedef Left Right;
   static Sums load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_sums(int32_t* p, Sums v) { _mm512_storeu_si512(p, v); }
+  static Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static __m512 real(Sums v) { return _mm512_cvtepi32_ps(v); }
   static Left split(__m512i v) { return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), _mm512_srai_epi16(v, 8)}; }
   static Left left(const uint8_t* p) {
@@ -85,6 +87,7 @@ struct Dot : DotOfPairs {
   typedef Left Right;
   static Sums load_sums(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static void store_sums(int32_t* p, Sums v) { _mm256_storeu_si256((__m256i*)p, v); }
+  static Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
   static __m256 real(Sums v) { return _mm256_cvtepi32_ps(v); }
   static Left split(__m256i v) { return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)}; }
   static Left left(const uint8_t* p) {
@@ -109,6 +112,7 @@ struct Dot : DotOfPairs {
   typedef Left Right;
   static Sums load_sums(const int32_t* p) { return _mm_loadu_si128((const __m128i*)p); }
   static void store_sums(int32_t* p, Sums v) { _mm_storeu_si128((__m128i*)p, v); }
+  static Sums plus(Sums a, Sums b) { return _mm_add_epi32(a, b); }
   static Vec::F real(Sums v) { return (Vec::F)_mm_cvtepi32_ps(v); }
   static Left split(__m128i v) { return {_mm_srai_epi16(_mm_slli_epi16(v, 8), 8), _mm_srai_epi16(v, 8)}; }
   static Left left(const uint8_t* p) {
@@ -133,6 +137,7 @@ struct Dot : DotOfPairs {
   struct Right { int8_t code[4][4]; };  // (column, k)
   static Sums load_sums(const int32_t* p) { Sums v; memcpy(&v, p, sizeof v); return v; }
   static void store_sums(int32_t* p, Sums v) { memcpy(p, &v, sizeof v); }
+  static Sums plus(Sums a, Sums b) { return a + b; }  // without flip no sum overflows
   static Vec::F real(Sums v) { return __builtin_convertvector(v, Vec::F); }
   static Left left(const uint8_t* p) { Left v; memcpy(&v, p, sizeof v); return v; }
   static Right right(const int8_t* p) { Right v; memcpy(&v, p, sizeof v); return v; }
