@@ -27,11 +27,13 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",
 FLAGS.append("-Wno-uninitialized")  # GCC 12 warns of its own avx512fintrin.h
 FLAGS.append(f"-DTORCH_TARGET_VERSION={TARGET}")
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+VNNI = [f"-mavx512{part}" for part in ("vnni", "vbmi", "vbmi2", "bitalg", "vpopcntdq")]
 # files with these endings, and only these, use instructions that not every CPU has
 ISA_FLAGS = {
     "_avx2": ["-mavx2"],
     "_avx512": AVX512,
-    "_avx512vnni": AVX512 + [f"-mavx512{part}" for part in ("vnni", "vbmi", "vbmi2", "bitalg", "vpopcntdq")],
+    "_avx512vnni": AVX512 + VNNI,
+    "_avx512amx": [*AVX512, *VNNI, "-mamx-tile", "-mamx-int8"],
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

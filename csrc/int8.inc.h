@@ -93,20 +93,18 @@ __attribute__((noinline)) void tile_sums(const Int8Product& job, const uint8_t* 
     for (int v = 0; v < width; ++v) Dot::store_sums(out + (i * width + v) * Dot::lanes, sums[i][v]);
 }
 
-template <int Rows, int Panels>
-void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t panel) {
-  const int64_t column = panel * int8_panel;
-  int32_t sums[Rows][Panels * int8_panel];
-  tile_sums<Rows, Panels>(job, group.left + row * job.left_row, job.right + panel * job.panel_bytes,
-                          job.correction + column, sums[0]);
-  for (int i = 0; i < Rows; ++i) {
+// What follows the sums of a tile of `rows` rows, Panels * 16 of them in a row: keeping them, or the epilogue.
+template <int Panels>
+void finish_tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t rows, int64_t column,
+                 const int32_t* sums) {
+  for (int64_t i = 0; i < rows; ++i, sums += Panels * int8_panel) {
     const int64_t at = group.out + (row + i) * job.out_row + column;
     int32_t* const kept = group.sums + (row + i) * job.sums_row + column;
     for (int p = 0; p < Panels; ++p) {
       Vec::F real[panel_sums];
       for (int v = 0; v < panel_sums; ++v) {
         const int64_t lane = p * int8_panel + v * Dot::lanes;
-        Dot::Sums sum = Dot::load_sums(sums[i] + lane);
+        Dot::Sums sum = Dot::load_sums(sums + lane);
         if (!job.first) sum = Dot::plus(sum, Dot::load_sums(kept + lane));
         if (!job.last) Dot::store_sums(kept + lane, sum);
         real[v] = Dot::real(sum);
@@ -116,6 +114,14 @@ void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t pa
                real);
     }
   }
+}
+
+template <int Rows, int Panels>
+void tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t panel) {
+  int32_t sums[Rows * Panels * int8_panel];
+  tile_sums<Rows, Panels>(job, group.left + row * job.left_row, job.right + panel * job.panel_bytes,
+                          job.correction + panel * int8_panel, sums);
+  finish_tile<Panels>(job, group, row, Rows, panel * int8_panel, sums);
 }
 
 typedef void (*Tile)(const Int8Product&, const Int8Rows&, int64_t row, int64_t panel);
@@ -142,8 +148,106 @@ void multiply_panels(const Int8Product& job, int64_t panel) {
   }
 }
 
+#if defined(__AMX_INT8__)
+
+// The same with the matrix unit, whose tiles are 16 rows of 16 steps, 16 steps of a panel, and 16 x 16 sums: two left
+// tiles and two panels share four tiles of sums.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+constexpr int64_t matrix_rows = 16, matrix_steps = 16;
+
+void shape_tiles(int64_t high, int64_t low) {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 64;
+  shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = uint8_t(high);
+  shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = uint8_t(low > 0 ? low : 1);
+  shapes.rows[6] = shapes.rows[7] = matrix_steps;
+  _tile_loadconfig(&shapes);
+}
+
+// `Both` left tiles: `high` rows, then `low` more
+template <int Panels, bool Both>
+void matrix_tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t high, int64_t low, int64_t panel) {
+  const int64_t pitch = job.left_row;
+  const uint8_t* const left = group.left + row * pitch;
+  const int8_t* right = job.right + panel * job.panel_bytes;
+  _tile_zero(0);
+  if (Panels == 2) _tile_zero(1);
+  if (Both) _tile_zero(2);
+  if (Both && Panels == 2) _tile_zero(3);
+  for (int64_t s = 0; s < job.segment_count; ++s) {
+    const uint8_t* a = left + job.segments[s];
+    for (int64_t k = 0; k < job.steps; k += matrix_steps, a += 64, right += 1024) {
+      _tile_loadd(6, right, 64);
+      _tile_loadd(4, a, pitch);
+      _tile_dpbusd(0, 4, 6);
+      if (Both) {
+        _tile_loadd(5, a + high * pitch, pitch);
+        _tile_dpbusd(2, 5, 6);
+      }
+      if (Panels == 2) {
+        _tile_loadd(7, right + job.panel_bytes, 64);
+        _tile_dpbusd(1, 4, 7);
+        if (Both) _tile_dpbusd(3, 5, 7);
+      }
+    }
+  }
+  constexpr int64_t width = Panels * int8_panel;
+  alignas(64) int32_t sums[2 * matrix_rows * width];
+  _tile_stored(0, sums, width * 4);
+  if (Panels == 2) _tile_stored(1, sums + int8_panel, width * 4);
+  if (Both) _tile_stored(2, sums + high * width, width * 4);
+  if (Both && Panels == 2) _tile_stored(3, sums + high * width + int8_panel, width * 4);
+  const int64_t column = panel * int8_panel;
+  for (int p = 0; p < Panels; ++p) {
+    const __m512i correction = _mm512_loadu_si512(job.correction + column + p * int8_panel);
+    for (int64_t i = 0; i < high + low; ++i) {
+      int32_t* const line = sums + i * width + p * int8_panel;
+      _mm512_store_si512(line, _mm512_add_epi32(_mm512_load_si512(line), correction));
+    }
+  }
+  finish_tile<Panels>(job, group, row, high + low, column, sums);
+}
+
+void matrix_multiply(const Int8Product& job) {
+  const int64_t panels = (job.columns + int8_panel - 1) / int8_panel;
+  const int64_t tiles = (job.rows + 2 * matrix_rows - 1) / (2 * matrix_rows);
+  const int64_t height = job.rows / tiles, taller = job.rows % tiles;
+  int64_t shaped = 0;
+  for (int64_t panel = 0; panel < panels; panel += 2)
+    for (int64_t g = 0; g < job.group_count; ++g)
+      for (int64_t t = 0, row = 0; t < tiles; ++t) {
+        const int64_t rows = height + (t < taller ? 1 : 0);
+        const int64_t low = rows > matrix_rows ? rows / 2 : 0, high = rows - low;
+        if (rows != shaped) shape_tiles(high, low);
+        shaped = rows;
+        const Int8Rows& group = job.groups[g];
+        if (panel + 1 < panels) {
+          if (low > 0) matrix_tile<2, true>(job, group, row, high, low, panel);
+          else matrix_tile<2, false>(job, group, row, high, low, panel);
+        } else {
+          if (low > 0) matrix_tile<1, true>(job, group, row, high, low, panel);
+          else matrix_tile<1, false>(job, group, row, high, low, panel);
+        }
+        row += rows;
+      }
+  _tile_release();
+}
+
+constexpr int64_t depth_unit = 4 * matrix_steps, most_tile_rows = 2 * matrix_rows;
+#else
+constexpr int64_t depth_unit = 4, most_tile_rows = Dot::most_rows;
+#endif
+
 void multiply(const Int8Product& job) {
   if (job.rows == 0) return;
+#if defined(__AMX_INT8__)
+  if (job.steps % matrix_steps == 0) return matrix_multiply(job);
+#endif
   const int64_t panels = (job.columns + int8_panel - 1) / int8_panel;
   int64_t panel = 0;
   for (; panel + Dot::most_panels <= panels; panel += Dot::most_panels)
@@ -220,8 +324,8 @@ void finish_grad_w(const Int8GradW& job) {
 }
 
 constexpr Int8Kernels int8_kernels = {
-    4,        Dot::most_panels, Dot::most_rows, Dot::most_rows_narrow, pack_left,   pack_right,
-    pack_box, pack_planes,      transpose_codes, multiply,             finish_long, finish_grad_w};
+    depth_unit, Dot::most_panels, most_tile_rows,  Dot::most_rows_narrow, pack_left,   pack_right,
+    pack_box,   pack_planes,      transpose_codes, multiply,              finish_long, finish_grad_w};
 
 }  // namespace
 }  // namespace lowbit

@@ -568,7 +568,9 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   const int64_t lines = pieces * g.samples * g.out_height;
   const int64_t channels = g.group_channels, filters = g.group_filters, taps = g.taps();
   const int64_t panels = cuts(filters, int8_panel), padded = panels * int8_panel;
-  const int64_t steps = up(width, kernels.depth_unit) / 4;
+  // short lines would be little but padding where the unit is large
+  const int64_t unit = up(width, kernels.depth_unit) <= 3 * width ? kernels.depth_unit : 4;
+  const int64_t steps = up(width, unit) / 4;
   // column ox + j of the output sees, through tap kx, element j + shift of the phase of kx
   const int64_t phases = std::min(g.stride[1], (g.kernel_width - 1) * g.dilation[1] + 1);
   const int64_t most_shift = ((g.kernel_width - 1) * g.dilation[1]) / g.stride[1];
@@ -598,7 +600,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   const int64_t plane = up(plane_row * (block * g.stride[0] + most_runs * margin), 128) + 64;
 
   const bool narrow = panels < kernels.most_panels;
-  const int64_t most = narrow ? kernels.most_rows_narrow : kernels.most_rows;
+  const int64_t most = unit > 4 ? kernels.most_rows : narrow ? kernels.most_rows_narrow : 12;
   const int64_t tile_rows = cuts(part_channels, cuts(part_channels, most));
   const int64_t tile_columns = (narrow ? 1 : kernels.most_panels) * int8_panel;
 

@@ -35,6 +35,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();      // F, BW, DQ, VL
 const Kernels& avx512vnni_kernels();  // and VNNI, VBMI, VBMI2, BITALG, VPOPCNTDQ
+const Kernels& avx512amx_kernels();   // and AMX TILE, INT8
 #endif
 
 }  // namespace lowbit

@@ -7,8 +7,37 @@
 #include <string>
 #include <vector>
 
+#if defined(LOWBIT_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lowbit {
 namespace {
+
+#if defined(LOWBIT_X86)
+// The CPU has AMX for int8, the system saves its registers, and it lets this process use them.
+bool amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if ((d & tile) == 0 || (d & int8) == 0) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & bit_OSXSAVE) == 0) return false;
+  unsigned low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned tile_state = 3u << 17;  // XTILECFG and XTILEDATA
+  if ((low & tile_state) != tile_state) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The tables that this CPU can run, best first.
 const std::vector<const Kernels*>& available() {
@@ -21,6 +50,7 @@ const std::vector<const Kernels*>& available() {
     const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg") &&
                       __builtin_cpu_supports("avx512vpopcntdq");
+    if (avx512 && vnni && amx()) found.push_back(&avx512amx_kernels());
     if (avx512 && vnni) found.push_back(&avx512vnni_kernels());
     if (avx512) found.push_back(&avx512_kernels());
     if (__builtin_cpu_supports("avx2")) found.push_back(&avx2_kernels());
