@@ -21,7 +21,14 @@ import torch
 from lowbit.ops import backends
 from lowbit.ops.int8 import int8_conv, int8_conv_grad_a, int8_conv_grad_w, int8_matmul
 
-MATRICES = [(512, 512, 512), (2048, 512, 2048), (4096, 512, 1536), (2048, 2048, 2048), (512, 4096, 512), (64, 768, 3072)]
+MATRICES = [
+    (512, 512, 512),
+    (2048, 512, 2048),
+    (4096, 512, 1536),
+    (2048, 2048, 2048),
+    (512, 4096, 512),
+    (64, 768, 3072),
+]
 # batch, in, out, size, kernel, stride
 CONVOLUTIONS = [
     (128, 16, 16, 32, 3, 1),

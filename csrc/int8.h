@@ -52,11 +52,12 @@ struct Int8Product {
   const float* bias;
 };
 
-// a right operand: `segment_count` stretches of k, each `parts` * `part_depth` long, then zeros up to 4 * `steps`
+// a right operand: `segment_count` stretches of k, each `part_count` * `part_depth` long, then zeros up to 4 * `steps`;
+// a part has `part_codes` codes, then zeros
 struct Int8Right {
   Int8View source;              // (k inside a part, column)
-  const int64_t* parts;         // where each part of each segment starts, in bytes from source.data
-  int64_t segment_count, part_count, part_depth, steps;
+  const int64_t* parts;         // where each part of each segment starts, in bytes from source.data; -1: it is zero
+  int64_t segment_count, part_count, part_depth, part_codes, steps;
   int64_t columns;
   int8_t* packed;
   int32_t* correction;
@@ -97,8 +98,9 @@ struct Int8GradW {
 };
 
 struct Int8Kernels {
-  int64_t depth_unit;                              // bytes
-  int64_t most_panels, most_rows, most_rows_narrow;  // of a tile; narrow: with one panel
+  int64_t depth_unit;  // bytes; grad_w may also use 4
+  int64_t most_panels, most_rows;  // of a tile
+  int64_t most_rows_of_words, most_rows_narrow;  // where segments are not whole depth units; narrow: with one panel
   // rows of a matrix, `pitch` bytes apart
   void (*pack_left)(const Int8View&, int64_t rows, int64_t depth, uint8_t* left, int64_t pitch);
   void (*pack_right)(const Int8Right&, int64_t panel);

@@ -324,8 +324,8 @@ void finish_grad_w(const Int8GradW& job) {
 }
 
 constexpr Int8Kernels int8_kernels = {
-    depth_unit, Dot::most_panels, most_tile_rows,  Dot::most_rows_narrow, pack_left,   pack_right,
-    pack_box,   pack_planes,      transpose_codes, multiply,              finish_long, finish_grad_w};
+    depth_unit, Dot::most_panels, most_tile_rows,  Dot::most_rows, Dot::most_rows_narrow, pack_left,    pack_right,
+    pack_box,   pack_planes,      transpose_codes, multiply,       finish_long,           finish_grad_w};
 
 }  // namespace
 }  // namespace lowbit

@@ -2,6 +2,7 @@
 #include "library.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -132,7 +133,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
     job.source = {b.const_data_ptr<int8_t>() + p * piece * b.stride(0), depth == 1 ? 1 : b.stride(0),
                   columns == 1 ? 1 : b.stride(1)};
     job.parts = &part, job.segment_count = 1, job.part_count = 1;
-    job.part_depth = std::min(piece, depth - p * piece);
+    job.part_depth = job.part_codes = std::min(piece, depth - p * piece);
     job.steps = up(job.part_depth, kernels.depth_unit) / 4;
     job.columns = columns;
     job.packed = packed + p * panels * piece_steps * 64, job.correction = correction + p * padded;
@@ -375,7 +376,8 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       job.source = plan.weight;
       job.source.data += g * plan.weight_group;
       job.parts = phase.parts.data(), job.segment_count = int64_t(phase.dy.size());
-      job.part_count = phase.part_count, job.part_depth = phase.part_depth, job.steps = phase.steps;
+      job.part_count = phase.part_count, job.part_depth = job.part_codes = phase.part_depth;
+      job.steps = phase.steps;
       job.columns = plan.columns;
       job.packed = packed + g * packed_bytes + phase.packed;
       job.correction = correction + g * corrections + phase.correction;
@@ -568,13 +570,15 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   const int64_t lines = pieces * g.samples * g.out_height;
   const int64_t channels = g.group_channels, filters = g.group_filters, taps = g.taps();
   const int64_t panels = cuts(filters, int8_panel), padded = panels * int8_panel;
-  // short lines would be little but padding where the unit is large
-  const int64_t unit = up(width, kernels.depth_unit) <= 3 * width ? kernels.depth_unit : 4;
-  const int64_t steps = up(width, unit) / 4;
   // column ox + j of the output sees, through tap kx, element j + shift of the phase of kx
   const int64_t phases = std::min(g.stride[1], (g.kernel_width - 1) * g.dilation[1] + 1);
   const int64_t most_shift = ((g.kernel_width - 1) * g.dilation[1]) / g.stride[1];
-  const int64_t plane_width = steps * 4 + most_shift, plane_row = phases * plane_width;
+  // With a large unit each line would be little but padding. Where lines of e and of the planes can follow each other at
+  // the same distance, a whole run of lines is one segment, with zeros of e between the lines.
+  const bool raster = kernels.depth_unit > 4 && g.stride[0] == 1 && phases == 1;
+  const int64_t unit = raster || up(width, kernels.depth_unit) <= 3 * width ? kernels.depth_unit : 4;
+  const int64_t line_depth = raster ? up(width + most_shift, 4) : up(width, unit);
+  const int64_t plane_width = raster ? line_depth : line_depth + most_shift, plane_row = phases * plane_width;
 
   // tasks: parts of the sum if the sums of each are small, else parts of the channels
   const int64_t threads = torch::stable::get_num_threads();
@@ -589,18 +593,18 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   const int64_t part_channels = cuts(channels, channel_parts);
 
   // blocks of lines: what they need in the cache, against reading and writing the sums once more for each block
-  const int64_t line_bytes = part_channels * plane_row * g.stride[0] + steps * 4 * padded;
+  const int64_t line_bytes = part_channels * plane_row * g.stride[0] + line_depth * padded;
   const int64_t block_bytes = sums_bytes > (1 << 20) ? 4 * cache_bytes : 3 * cache_bytes / 2;
   int64_t block = std::max<int64_t>(1, block_bytes / line_bytes);
   block = std::max<int64_t>(1, cuts(part_lines, std::max<int64_t>(1, cuts(part_lines, block))));
   const bool whole = parts == 1 && pieces == 1 && part_lines <= block;  // no sums are kept
   // a block consists of runs of lines of one image, each with the rows of x that it needs
   const int64_t margin = (g.kernel_height - 1) * g.dilation[0] + 1;
-  const int64_t most_runs = block / g.out_height + 2;
+  const int64_t most_runs = block / g.out_height + 2, longest_run = std::min(block, g.out_height);
   const int64_t plane = up(plane_row * (block * g.stride[0] + most_runs * margin), 128) + 64;
 
   const bool narrow = panels < kernels.most_panels;
-  const int64_t most = unit > 4 ? kernels.most_rows : narrow ? kernels.most_rows_narrow : 12;
+  const int64_t most = unit > 4 ? kernels.most_rows : narrow ? kernels.most_rows_narrow : kernels.most_rows_of_words;
   const int64_t tile_rows = cuts(part_channels, cuts(part_channels, most));
   const int64_t tile_columns = (narrow ? 1 : kernels.most_panels) * int8_panel;
 
@@ -635,8 +639,10 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   const int64_t cost = part_lines * width * taps * part_channels * padded;
   torch::stable::parallel_for(0, tasks, grain(cost), [&](int64_t begin, int64_t end) {
     Layout own;
-    const int64_t left_at = own.add(part_channels * plane + int8_slack);
-    const int64_t right_at = own.add(panels * block * steps * 64);
+    // a short run in a block with longer ones is read beyond its end, where e is zero
+    const int64_t left_at = own.add(part_channels * plane + (longest_run + margin) * plane_row + int8_slack);
+    const int64_t right_at = own.add(panels * int8_panel * (raster ? most_runs * up(longest_run * line_depth, unit)
+                                                                   : block * line_depth));
     const int64_t correction_at = own.add(padded * 4);
     const int64_t tile_at = own.add(whole ? taps * tile_rows * tile_columns * 4 : 0);
     uint8_t* const memory = task_scratch.reserve(own.bytes);
@@ -644,7 +650,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     int8_t* const right = reinterpret_cast<int8_t*>(memory + right_at);
     int32_t* const correction = reinterpret_cast<int32_t*>(memory + correction_at);
     int32_t* const tile_sums = reinterpret_cast<int32_t*>(memory + tile_at);
-    std::vector<int64_t> segments, error_lines;
+    std::vector<int64_t> segments, error_lines, runs;
     std::vector<Int8Rows> rows(static_cast<size_t>(taps));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (parts * channel_parts), part = task / channel_parts % parts;
@@ -658,10 +664,9 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
         // the lines of this block: one piece of the rows, at most `block` of them
         const int64_t piece = line / std::max<int64_t>(1, g.samples * g.out_height);
         const int64_t block_end = std::min({line + block, last_line, (piece + 1) * g.samples * g.out_height});
-        const int64_t here = std::max<int64_t>(0, block_end - line);
         const int64_t out_x = piece * width, here_width = std::min(width, g.out_width - out_x);
-        segments.clear(), error_lines.clear();
-        int64_t plane_y = 0;
+        segments.clear(), error_lines.clear(), runs.clear();
+        int64_t plane_y = 0, longest = 0;
         while (line < block_end) {
           const int64_t sample = line / g.out_height % g.samples, out_y = line % g.out_height;
           const int64_t run = std::min(block_end - line, g.out_height - out_y);
@@ -677,23 +682,34 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
           planes.left = left + plane_y * plane_row;
           kernels.pack_planes(planes);
           for (int64_t i = 0; i < run; ++i) {
-            segments.push_back((plane_y + i * g.stride[0]) * plane_row);
+            if (!raster || i == 0) segments.push_back((plane_y + i * g.stride[0]) * plane_row);
             error_lines.push_back(sample * error.sample + (out_y + i) * error.y);
           }
+          runs.push_back(run), longest = std::max(longest, run);
           plane_y += planes.box_height, line += run;
+        }
+        if (raster) {  // every segment has as many lines as the longest
+          size_t at = 0;
+          for (int64_t run : runs) {
+            at += size_t(run);
+            error_lines.insert(error_lines.begin() + std::ptrdiff_t(at), size_t(longest - run), -1);
+            at += size_t(longest - run);
+          }
         }
         Int8Right packing;
         packing.source = {error.data + group * filters * error.channel + out_x * error.x,
                           g.out_width == 1 ? 1 : error.x, error.channel};
-        packing.parts = error_lines.data(), packing.segment_count = here;
-        packing.part_count = 1, packing.part_depth = here_width, packing.steps = steps;
+        packing.parts = error_lines.data(), packing.segment_count = int64_t(segments.size());
+        packing.part_count = raster ? longest : 1, packing.part_depth = raster ? line_depth : here_width;
+        packing.part_codes = here_width;
+        packing.steps = (raster ? up(longest * line_depth, unit) : line_depth) / 4;
         packing.columns = filters, packing.packed = right, packing.correction = correction;
         for (int64_t p = 0; p < panels; ++p) kernels.pack_right(packing, p);
 
         Int8Product job = {};
         job.groups = rows.data(), job.group_count = taps;
-        job.left_row = plane, job.segments = segments.data(), job.segment_count = here, job.steps = steps;
-        job.panel_bytes = here * steps * 64;
+        job.left_row = plane, job.segments = segments.data(), job.segment_count = packing.segment_count, job.steps = packing.steps;
+        job.panel_bytes = job.segment_count * job.steps * 64;
         job.first = first, job.last = false;
         for (int64_t column = 0; column < filters; column += tile_columns)
           for (int64_t c = 0; c < channel_count; c += tile_rows) {

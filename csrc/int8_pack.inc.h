@@ -142,9 +142,16 @@ void pack_right(const Int8Right& job, int64_t panel) {
   for (int64_t s = 0; s < job.segment_count; ++s) {
     int8_t* segment = packed + s * segment_bytes;
     for (int64_t p = 0; p < job.part_count; ++p) {
-      Int8View view = job.source;
-      view.data += job.parts[s * job.part_count + p] + begin * view.column;
-      pack_part(view, job.part_depth, columns, segment + p * job.part_depth * 16);
+      int8_t* const part = segment + p * job.part_depth * 16;
+      const int64_t start = job.parts[s * job.part_count + p];
+      const int64_t codes = start < 0 ? 0 : job.part_codes;
+      if (codes > 0) {
+        Int8View view = job.source;
+        view.data += start + begin * view.column;
+        pack_part(view, codes, columns, part);
+      }
+      const int64_t packed_codes = (codes + 3) / 4 * 4;
+      if (packed_codes < job.part_depth) memset(part + packed_codes * 16, 0, size_t(job.part_depth - packed_codes) * 16);
     }
     memset(segment + used, 0, size_t(segment_bytes - used));
   }

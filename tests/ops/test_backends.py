@@ -35,7 +35,7 @@ def test_one_implementation_is_active(operator: str) -> None:
 @pytest.mark.skipif(not backends.compiled_isas(), reason="the C++ kernels are not built")
 def test_it_names_the_instruction_set() -> None:
     isas = backends.compiled_isas()
-    assert isas[-1] == "portable" and set(isas) <= {"avx512vnni", "avx512", "avx2", "portable"}
+    assert isas[-1] == "portable" and set(isas) <= {"avx512amx", "avx512vnni", "avx512", "avx2", "portable"}
     assert rows("lowbit::chunked_mm")["C++"].implementation == f"C++ {isas[0]}"
     with pytest.raises(RuntimeError, match="z80"), backends.using_isa("z80"):
         pass
