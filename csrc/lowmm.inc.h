@@ -449,14 +449,22 @@ inline float across(const Vec::F v[parts]) {
   return lanes[0];
 }
 
-// total + scale * sum, lane by lane
-inline void add_scaled(const PackedMm& job, const float* scale, int64_t segment, const Vec::F sum[parts],
-                       Vec::F total[parts]) {
+// The scales of the lanes of a segment; their places rise from lane to lane.
+inline void lane_scales(const PackedMm& job, const float* scale, int64_t segment, Vec::F out[parts]) {
   const int32_t* lane = job.lane + 16 * segment;
+  if (lane[0] == lane[15]) {
+    for (int p = 0; p < parts; ++p) out[p] = Vec::set(scale[lane[0]]);
+    return;
+  }
+#if defined(__AVX512F__)
+  const __mmask16 there = __mmask16((2u << (lane[15] - lane[0])) - 1);
+  const __m512i place = _mm512_sub_epi32(_mm512_loadu_si512(lane), _mm512_set1_epi32(lane[0]));
+  out[0] = _mm512_permutexvar_ps(place, _mm512_maskz_loadu_ps(there, scale + lane[0]));
+#else
   float scales[16];
   for (int l = 0; l < 16; ++l) scales[l] = scale[lane[l]];
-  for (int p = 0; p < parts; ++p)
-    total[p] = Vec::add(total[p], Vec::mul(Vec::load(scales + p * Vec::lanes), sum[p]));
+  for (int p = 0; p < parts; ++p) out[p] = Vec::load(scales + p * Vec::lanes);
+#endif
 }
 
 template <int Bits, int Columns, int Rows>
@@ -489,9 +497,13 @@ inline void floats_tile(const PackedMm& job, int64_t column, int64_t row) {
       }
     }
     if (job.lane)
-      for (int n = 0; n < Columns; ++n)
+      for (int n = 0; n < Columns; ++n) {
+        Vec::F scale[parts];
+        lane_scales(job, job.scale + (column + n) * job.groups, segment, scale);
         for (int m = 0; m < Rows; ++m)
-          add_scaled(job, job.scale + (column + n) * job.groups, segment, sum[n][m], total[n][m]);
+          for (int p = 0; p < parts; ++p)
+            total[n][m][p] = Vec::add(total[n][m][p], Vec::mul(scale[p], sum[n][m][p]));
+      }
   }
   for (int n = 0; n < Columns; ++n)
     for (int m = 0; m < Rows; ++m) {
@@ -522,12 +534,14 @@ inline void codes_tile(const PackedMm& job, int64_t column, int64_t row) {
         for (int m = 0; m < Rows; ++m) dot<Bits>(sum[n][m], codes, x + (m * job.runs + r) * run_bytes);
       }
     if (job.lane)
-      for (int n = 0; n < Columns; ++n)
+      for (int n = 0; n < Columns; ++n) {
+        Vec::F scale[parts], floats[parts];
+        lane_scales(job, job.scale + (column + n) * job.groups, segment, scale);
         for (int m = 0; m < Rows; ++m) {
-          Vec::F floats[parts];
           sum[n][m].floats(floats);
-          add_scaled(job, job.scale + (column + n) * job.groups, segment, floats, total[n][m]);
+          for (int p = 0; p < parts; ++p) total[n][m][p] = Vec::add(total[n][m][p], Vec::mul(scale[p], floats[p]));
         }
+      }
   }
   for (int n = 0; n < Columns; ++n)
     for (int m = 0; m < Rows; ++m) {

@@ -1,4 +1,4 @@
-"""lowbit::packed_mm and lowbit::packed_mm_int8: the definitions against float64, the kernels against the definitions."""
+"""lowbit::packed_mm and packed_mm_int8: the definitions against float64, the kernels against the definitions."""
 
 from __future__ import annotations
 
