@@ -11,10 +11,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// contiguous() is a call through the dispatcher, a microsecond each, which a product with one row would feel
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 Tensor pack_signs(const Tensor& x) {
   const lowbit::LowmmKernels& kernels = lowbit::kernels().lowmm;
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() >= 1, "pack_signs needs float32 of shape (..., K)");
-  const Tensor source = torch::stable::contiguous(x);
+  const Tensor source = dense(x);
   const int64_t depth = x.size(-1), words = (depth + 63) / 64;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = words;
@@ -39,7 +42,7 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   const int64_t shape[2] = {a.size(0), b.size(0)};
   Tensor out = torch::stable::empty({shape, 2}, ScalarType::Int);
   if (shape[0] == 0 || shape[1] == 0) return out;
-  const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
+  const Tensor left = dense(a), right = dense(b);
   lowbit::BinaryMm job;
   job.a = reinterpret_cast<const uint64_t*>(left.const_data_ptr<int64_t>());
   job.b = reinterpret_cast<const uint64_t*>(right.const_data_ptr<int64_t>());
@@ -132,8 +135,8 @@ Tensor packed_mm(const Tensor& x, const Tensor& weight, const Tensor& scale, con
   Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
   if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
   if (job.depth == 0 || out.numel() == 0) return out;
-  const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
-               s = torch::stable::contiguous(scale), l = torch::stable::contiguous(levels);
+  const Tensor a = dense(x), w = dense(weight),
+               s = dense(scale), l = dense(levels);
   float table[16];
   for (int64_t i = 0; i < 16; ++i) table[i] = l.const_data_ptr<float>()[i % count];
   job.weight = w.const_data_ptr<uint8_t>(), job.scale = s.const_data_ptr<float>(), job.levels = table;
@@ -159,8 +162,8 @@ Tensor packed_mm_int8(const Tensor& x, const Tensor& weight, const Tensor& scale
   Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
   if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
   if (job.depth == 0 || out.numel() == 0) return out;
-  const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
-               s = torch::stable::contiguous(scale);
+  const Tensor a = dense(x), w = dense(weight),
+               s = dense(scale);
   job.weight = w.const_data_ptr<uint8_t>(), job.scale = s.const_data_ptr<float>();
   job.out = out.mutable_data_ptr<float>();
   const int64_t length = job.runs * 16 * (32 / bits), sums = (job.runs + job.segment - 1) / job.segment * 16;
