@@ -2,8 +2,9 @@
 
     python benchmarks/inference.py [--threads 2] [--seconds 1.0] [--only packed_mm] [--cpu] [--json]
 
-Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment to see a processor with AMX as one without. Within a block all rows run in turn, and a time is the median of its runs. "ratio" is the time of the block's first row
-over the row's own: above 1 the row is the faster one.
+Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment to see a processor with AMX as one without. Within a block
+all rows run in turn, and a time is the median of its runs. "ratio" is the time of the block's first row over the row's
+own: above 1 the row is the faster one.
 """
 
 from __future__ import annotations
