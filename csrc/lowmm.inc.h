@@ -471,6 +471,7 @@ template <int Bits, int Columns, int Rows>
 inline void floats_tile(const PackedMm& job, int64_t column, int64_t row) {
   constexpr int steps = 32 / Bits;
   const Table table(job.levels);
+  const int64_t ahead = Columns * job.weight_bytes;  // the next tile's row: rows end before prefetchers get going
   const uint8_t* weight[Columns];
   for (int n = 0; n < Columns; ++n) weight[n] = job.weight + (column + n) * job.weight_bytes;
   const float* x = job.x + row * job.runs * steps * 16;
@@ -485,7 +486,10 @@ inline void floats_tile(const PackedMm& job, int64_t column, int64_t row) {
         for (int p = 0; p < parts; ++p) sum[n][m][p] = Vec::set(0.0f);
     for (const int64_t end = r + job.segment < job.runs ? r + job.segment : job.runs; r < end; ++r) {
       Run run[Columns];
-      for (int n = 0; n < Columns; ++n) run[n] = Run::load(weight[n] + 64 * r, job.weight_bytes - 64 * r);
+      for (int n = 0; n < Columns; ++n) {
+        run[n] = Run::load(weight[n] + 64 * r, job.weight_bytes - 64 * r);
+        __builtin_prefetch(weight[n] + 64 * r + ahead);
+      }
       for (int i = 0; i < steps; ++i) {
         Vec::F value[Columns][parts];
         for (int n = 0; n < Columns; ++n) take<Bits>(table, run[n], value[n]);
@@ -516,6 +520,7 @@ template <int Bits, int Columns, int Rows>
 inline void codes_tile(const PackedMm& job, int64_t column, int64_t row) {
   constexpr int64_t run_bytes = 64 * (8 / Bits);
   const int64_t segments = (job.runs + job.segment - 1) / job.segment;
+  const int64_t ahead = Columns * job.weight_bytes;  // the next tile's row: rows end before prefetchers get going
   const uint8_t* weight[Columns];
   for (int n = 0; n < Columns; ++n) weight[n] = job.weight + (column + n) * job.weight_bytes;
   const int8_t* x = job.codes + row * job.runs * run_bytes;
@@ -531,6 +536,7 @@ inline void codes_tile(const PackedMm& job, int64_t column, int64_t row) {
     for (const int64_t end = r + job.segment < job.runs ? r + job.segment : job.runs; r < end; ++r)
       for (int n = 0; n < Columns; ++n) {
         const Spread<Bits> codes(Run::load(weight[n] + 64 * r, job.weight_bytes - 64 * r));
+        __builtin_prefetch(weight[n] + 64 * r + ahead);
         for (int m = 0; m < Rows; ++m) dot<Bits>(sum[n][m], codes, x + (m * job.runs + r) * run_bytes);
       }
     if (job.lane)
@@ -586,8 +592,8 @@ LOWBIT_PACKED_MM(codes)
 #undef LOWBIT_PACKED_MM
 
 constexpr LowmmKernels lowmm_kernels = {
-    pack_signs,        binary_panel, Words::unit, pack_binary_rows, pack_binary_panel, multiply_binary,
-    fill_floats,       fill_codes,   multiply_floats, multiply_codes,
+    pack_signs,      binary_panel, Words::unit, pack_binary_rows, pack_binary_panel,
+    multiply_binary, fill_floats,  fill_codes,  multiply_floats,  multiply_codes,
 };
 
 }  // namespace
