@@ -50,7 +50,9 @@ inline PhiloxPair philox_pair(Vec::Words first, Vec::Words second, const PhiloxK
   using W = Vec::Words;
   const W m0 = W::set(philox_m0), m1 = W::set(philox_m1), c2 = W::set(high[0]), c3 = W::set(high[1]);
   PhiloxPair pair = {{{first, W::high(first), c2, c3}, {second, W::high(second), c2, c3}}};
+#pragma GCC unroll 10
   for (const auto& k : keys.round) {
+#pragma GCC unroll 2
     for (auto& c : pair.words) {
       const W p0 = W::product(c[0], m0), p1 = W::product(c[2], m1);
       c[0] = W::exclusive_or(W::high(p1), c[1], W::set(k[0]));
