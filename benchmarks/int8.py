@@ -2,9 +2,9 @@
 
     python benchmarks/int8.py [--threads 2] [--isa avx512vnni] [--seconds 0.3] [--only conv] [--json]
 
-Every row is timed in one process with its opponents in turn; medians, in milliseconds. float32 is the faster of the two
-memory layouts (convolutions) or of `mm` and oneDNN's `linear` (matrices). Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 to see
-PyTorch without AMX.
+Every row is timed in one process with its opponents in turn; medians, in milliseconds. float32 is the faster of the
+two memory layouts for a convolution. ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment shows PyTorch without AMX,
+`--isa avx512vnni` shows these kernels without it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ CONVOLUTIONS = [
     (16, 128, 128, 56, 3, 2),
 ]
 Call = Callable[[], object]
+Calls = dict[str, Call]
 
 
 def medians(calls: dict[str, Call], seconds: float) -> dict[str, float]:
@@ -95,39 +96,44 @@ def matrices(seconds: float) -> list[dict[str, object]]:
     return table
 
 
+def convolution(batch: int, c: int, o: int, hw: int, kernel: int, stride: int) -> tuple[str, int, dict[str, Calls]]:
+    """Its size, its multiply-adds, and for each product the calls that compute it."""
+    last, aten = torch.channels_last, torch.ops.aten
+    padding, out = kernel // 2, (hw + 2 * (kernel // 2) - kernel) // stride + 1
+    x, w = codes(batch, c, hw, hw).contiguous(memory_format=last), codes(o, c, kernel, kernel)
+    e = codes(batch, o, out, out).contiguous(memory_format=last)
+    geometry = ([stride, stride], [padding, padding], [1, 1])
+    one, pads = torch.ones(1), [0, 0]
+    products: dict[str, Calls] = {"out": {}, "grad_a": {}, "grad_w": {}}
+
+    def add_float(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+        x_, w_, e_ = (v.to(dtype).contiguous(memory_format=layout) for v in (x, w, e))
+
+        def backward(*mask: bool) -> object:
+            return aten.convolution_backward(e_, x_, w_, None, *geometry, False, pads, 1, list(mask))
+
+        products["out"][name] = lambda: aten.convolution(x_, w_, None, *geometry, False, pads, 1)
+        products["grad_a"][name] = lambda: backward(True, False, False)
+        products["grad_w"][name] = lambda: backward(False, True, False)
+
+    def add_int8(name: str, dtype: torch.dtype) -> None:
+        products["out"][name] = lambda: int8_conv(x, w, one, one, None, *geometry, 1, dtype)
+        products["grad_a"][name] = lambda: int8_conv_grad_a(e, w, one, one, x.shape, *geometry, 1, dtype)
+        products["grad_w"][name] = lambda: int8_conv_grad_w(e, x, one, one, w.shape, *geometry, 1, dtype)
+
+    add_float("float32 channels-last", torch.float32, last)
+    add_float("float32 contiguous", torch.float32, torch.contiguous_format)
+    add_float("bfloat16", torch.bfloat16, last)
+    add_int8("int8", torch.float32)
+    add_int8("int8 to bfloat16", torch.bfloat16)
+    return f"{batch}x{c}>{o} {hw}^2 {kernel}x{kernel}/{stride}", e.numel() * c * kernel * kernel, products
+
+
 def convolutions(seconds: float) -> list[dict[str, object]]:
     table = []
-    last, convolution, backward = torch.channels_last, torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-    for batch, c, o, hw, kernel, stride in CONVOLUTIONS:
-        padding, out = kernel // 2, (hw + 2 * (kernel // 2) - kernel) // stride + 1
-        x, w = codes(batch, c, hw, hw).contiguous(memory_format=last), codes(o, c, kernel, kernel)
-        e = codes(batch, o, out, out).contiguous(memory_format=last)
-        geometry = ([stride, stride], [padding, padding], [1, 1])
-        one, pads = torch.ones(1), [0, 0]
-        operands = {
-            "float32 channels-last": [v.float().contiguous(memory_format=last) for v in (x, w, e)],
-            "float32 contiguous": [v.float().contiguous() for v in (x, w, e)],
-            "bfloat16": [v.bfloat16().contiguous(memory_format=last) for v in (x, w, e)],
-        }
-        for product in ("out", "grad_a", "grad_w"):
-            calls: dict[str, Call] = {}
-            for name, (x_, w_, e_) in operands.items():
-                if product == "out":
-                    calls[name] = lambda x=x_, w=w_: convolution(x, w, None, *geometry, False, pads, 1)
-                else:
-                    mask = [product == "grad_a", product == "grad_w", False]
-                    calls[name] = lambda x=x_, w=w_, e=e_, mask=mask: backward(
-                        e, x, w, None, *geometry, False, pads, 1, mask
-                    )
-            for name, dtype in (("int8", torch.float32), ("int8 to bfloat16", torch.bfloat16)):
-                if product == "out":
-                    calls[name] = lambda t=dtype: int8_conv(x, w, one, one, None, *geometry, 1, t)
-                elif product == "grad_a":
-                    calls[name] = lambda t=dtype: int8_conv_grad_a(e, w, one, one, x.shape, *geometry, 1, t)
-                else:
-                    calls[name] = lambda t=dtype: int8_conv_grad_w(e, x, one, one, w.shape, *geometry, 1, t)
-            size = f"{batch}x{c}>{o} {hw}^2 {kernel}x{kernel}/{stride}"
-            table.append(row(product, size, e.numel() * c * kernel * kernel, calls, seconds))
+    for shape in CONVOLUTIONS:
+        size, work, products = convolution(*shape)
+        table += [row(product, size, work, calls, seconds) for product, calls in products.items()]
     return table
 
 

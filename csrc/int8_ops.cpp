@@ -594,7 +594,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
 
   // blocks of lines: what they need in the cache, against reading and writing the sums once more for each block
   const int64_t line_bytes = part_channels * plane_row * g.stride[0] + line_depth * padded;
-  const int64_t block_bytes = sums_bytes > (1 << 20) ? 4 * cache_bytes : 3 * cache_bytes / 2;
+  const int64_t block_bytes = std::clamp<int64_t>(sums_bytes / 2, 3 * cache_bytes / 2, 8 * cache_bytes);
   int64_t block = std::max<int64_t>(1, block_bytes / line_bytes);
   block = std::max<int64_t>(1, cuts(part_lines, std::max<int64_t>(1, cuts(part_lines, block))));
   const bool whole = parts == 1 && pieces == 1 && part_lines <= block;  // no sums are kept
