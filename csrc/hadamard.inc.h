@@ -1,7 +1,7 @@
 // lowbit::hadamard for one instruction set; needs `Vec`. The definition is in src/lowbit/ops/hadamard.py.
 //
-// The butterfly's strides go up: those below a vector's length are shuffles inside a vector, the others are additions of
-// vectors, up to eight of which are held in registers for three strides at once.
+// The butterfly's strides go up: those below a vector's length are shuffles inside a vector, the others are additions
+// of vectors, up to eight of which are held in registers for three strides at once.
 #pragma once
 
 #include <string.h>
@@ -87,7 +87,8 @@ inline void later_pass(const Hadamard& job, int64_t begin, int64_t stride) {
 
 template <int Radix, bool Last>
 inline void first_pass(const Hadamard& job, int64_t begin) {
-  for (int64_t at = begin; at < begin + job.size; at += Radix * Vec::lanes) pass<Radix, true, Last>(job, at, Vec::lanes);
+  for (int64_t at = begin; at < begin + job.size; at += Radix * Vec::lanes)
+    pass<Radix, true, Last>(job, at, Vec::lanes);
 }
 
 // runs of more than a vector

@@ -1,4 +1,5 @@
-// Products with operands of a few bits, from outside; the definitions are in src/lowbit/ops/binary_mm.py and packed_mm.py.
+// Products with operands of a few bits, from outside; the definitions are in src/lowbit/ops/binary_mm.py and
+// packed_mm.py.
 #pragma once
 
 #include <stdint.h>
@@ -14,8 +15,8 @@ struct BinaryMm {
   int64_t out_row, out_column;
 };
 
-// out (rows, columns) = activations * weights: `columns` rows of packed codes, each of runs of 512 bits, the last of which
-// may be cut at a multiple of 32. Operators lay the activations out anew, by fill_floats or fill_codes.
+// out (rows, columns) = activations * weights: `columns` rows of packed codes, each of runs of 512 bits, the last of
+// which may be cut at a multiple of 32. Operators lay the activations out anew, by fill_floats or fill_codes.
 struct PackedMm {
   const uint8_t* weight;
   int64_t weight_bytes;  // in a row

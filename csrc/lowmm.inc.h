@@ -10,14 +10,15 @@
 namespace lowbit {
 namespace {
 
-// ---- binary x binary ------------------------------------------------------------------------------------------------
+// ---- binary x binary ----------------------------------------------------------------------------------------------
 //
 // Winograd's inner product (1968) for bits. With d = a xor b for two words, and A = a0 xor a1, B = b0 xor b1,
 //
 //     d0 + d1 = 2 f - A + B        f = d1 where A = B, else A
 //
-// because d0 xor d1 = A xor B: where A = B the two bits are equal, elsewhere exactly one is set. So a pair of words costs
-// one count instead of two, and the counts of A and of B belong to one operand each. Rows hold (a1, A) for (a0, a1).
+// because d0 xor d1 = A xor B: where A = B the two bits are equal, elsewhere exactly one is set. So a pair of words
+// costs one count instead of two, and the counts of A and of B belong to one operand each. Rows hold (a1, A) for
+// (a0, a1).
 //
 // A lane is a column: one vector holds the same word of several columns of b, and a word of a row goes to all lanes.
 
@@ -128,7 +129,7 @@ void pack_signs(const float* x, uint64_t* words, int64_t count) {
   }
 }
 
-// A row, (a0, a1) as (a1, A), filled up with zeros; the last word is the count of all A. `step` is the distance of words.
+// A row, (a0, a1) as (a1, A), filled up with zeros; the last word is the count of all A. Words are `step` apart.
 inline void pack_binary(const uint64_t* source, int64_t words, uint64_t* row, int64_t step) {
   const int64_t padded = binary_units(words) * Words::unit;
   uint64_t count = 0;
@@ -218,11 +219,11 @@ void multiply_binary(const BinaryMm& job, int64_t begin, int64_t end, const uint
   binary_tiles<2>(job, begin, end, rows, column, panel);
 }
 
-// ---- packed weights x float32 or int8 activations ----------------------------------------------------------------------
+// ---- packed weights x float32 or int8 activations -----------------------------------------------------------------
 //
 // Sixteen lanes, whatever the vectors: lane l of a run of 512 bits is its l-th word of 32 bits, that is 32 / bits codes
-// that follow each other. A step takes the lowest code of every word, so the order of additions in a lane is that of the
-// codes; the activations are laid out to match, once per call.
+// that follow each other. A step takes the lowest code of every word, so the order of additions in a lane is that of
+// the codes; the activations are laid out to match, once per call.
 
 constexpr int parts = 16 / int(Vec::lanes);  // vectors of a run
 

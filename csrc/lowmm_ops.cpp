@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -25,7 +26,8 @@ Tensor pack_signs(const Tensor& x) {
   const int64_t rows = words == 0 ? 0 : out.numel() / words;
   const float* data = source.const_data_ptr<float>();
   uint64_t* result = reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>());
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, depth));  // 65,536 floats: 10 microseconds
+  constexpr int64_t worth_a_thread = 1 << 16;  // floats, about 10 microseconds
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, depth));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) kernels.pack_signs(data + row * depth, result + row * words, depth);
   });
@@ -34,8 +36,9 @@ Tensor pack_signs(const Tensor& x) {
 
 Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   const lowbit::LowmmKernels& kernels = lowbit::kernels().lowmm;
-  STD_TORCH_CHECK(a.scalar_type() == ScalarType::Long && b.scalar_type() == ScalarType::Long && a.dim() == 2 && b.dim() == 2,
-                  "binary_mm needs matrices of int64 words");
+  STD_TORCH_CHECK(a.scalar_type() == ScalarType::Long && b.scalar_type() == ScalarType::Long,
+                  "binary_mm needs int64 words");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "binary_mm needs matrices");
   const int64_t words = a.size(1);
   STD_TORCH_CHECK(depth >= 0 && depth < int64_t(1) << 31 && words == (depth + 63) / 64 && b.size(1) == words,
                   "binary_mm of depth ", depth, " needs a and b with ", (depth + 63) / 64, " words in a row");
@@ -57,12 +60,13 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   }
   const int64_t length = (words + kernels.binary_unit - 1) / kernels.binary_unit * kernels.binary_unit + 1;
   const int64_t panels = (job.columns + kernels.binary_panel - 1) / kernels.binary_panel;
-  std::vector<uint64_t> packed(size_t(panels * kernels.binary_panel * length));
   const int64_t panel_words = kernels.binary_panel * length;
+  const auto packed = std::make_unique_for_overwrite<uint64_t[]>(size_t(panels * panel_words));
   constexpr int64_t worth_a_thread = 1 << 16;  // words that are packed or multiplied, about 20 microseconds
-  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, worth_a_thread / panel_words), [&](int64_t begin, int64_t end) {
+  const int64_t panel_grain = std::max<int64_t>(1, worth_a_thread / panel_words);
+  torch::stable::parallel_for(0, panels, panel_grain, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      kernels.pack_binary_panel(job, panel * kernels.binary_panel, packed.data() + panel * panel_words);
+      kernels.pack_binary_panel(job, panel * kernels.binary_panel, packed.get() + panel * panel_words);
   });
   constexpr int64_t block = 32;  // rows of a task: they stay in the first cache while the panels pass
   const int64_t blocks = (job.rows + block - 1) / block;
@@ -74,7 +78,7 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
       kernels.pack_binary_rows(job, row, row_end, rows.data());
       for (int64_t panel = 0; panel < panels; ++panel)
         kernels.multiply_binary(job, row, row_end, rows.data(), panel * kernels.binary_panel,
-                                packed.data() + panel * panel_words);
+                                packed.get() + panel * panel_words);
     }
   });
   return out;
@@ -85,8 +89,9 @@ lowbit::PackedMm packed_job(const Tensor& x, const Tensor& weight, const Tensor&
                             std::vector<int32_t>& lane) {
   STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4, "packed weights have 1, 2 or 4 bits, got ", bits);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 2, "packed_mm needs x (M, K) of float32");
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.dim() == 2 && scale.scalar_type() == ScalarType::Float,
-                  "packed_mm needs a weight (N, bytes) of uint8 and a scale of float32");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.dim() == 2,
+                  "packed_mm needs a weight (N, bytes) of uint8");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "packed_mm needs a scale of float32");
   lowbit::PackedMm job = {};
   job.rows = x.size(0), job.depth = x.size(1), job.columns = weight.size(0), job.bits = bits;
   STD_TORCH_CHECK(job.depth <= int64_t(1) << 20, "packed_mm adds up to 2^20 products, got ", job.depth);
@@ -113,15 +118,18 @@ lowbit::PackedMm packed_job(const Tensor& x, const Tensor& weight, const Tensor&
 template <class F>
 void over_columns(const lowbit::PackedMm& job, const F& multiply) {
   constexpr int64_t block = 16, worth_a_thread = 1 << 18;  // multiply-adds, about 20 microseconds
-  const int64_t cost = std::max<int64_t>(1, job.depth * job.rows * block);
-  torch::stable::parallel_for(0, (job.columns + block - 1) / block, std::max<int64_t>(1, worth_a_thread / cost),
-                              [&](int64_t begin, int64_t end) { multiply(begin * block, std::min(job.columns, end * block)); });
+  const int64_t cost = std::max<int64_t>(1, job.depth * job.rows * block), blocks = (job.columns + block - 1) / block;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    multiply(begin * block, std::min(job.columns, end * block));
+  });
 }
 
 template <class F>
 void over_rows(const lowbit::PackedMm& job, const F& fill) {
   constexpr int64_t worth_a_thread = 1 << 14;  // activations, about 10 microseconds
-  torch::stable::parallel_for(0, job.rows, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, job.depth)), fill);
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, job.depth));
+  torch::stable::parallel_for(0, job.rows, grain, fill);
 }
 
 Tensor packed_mm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& levels, int64_t group) {
@@ -145,7 +153,8 @@ Tensor packed_mm(const Tensor& x, const Tensor& weight, const Tensor& scale, con
   std::vector<float> laid(size_t(job.rows * length));
   const float* data = a.const_data_ptr<float>();
   over_rows(job, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) kernels.fill_floats(job, data + row * job.depth, laid.data() + row * length);
+    for (int64_t row = begin; row < end; ++row)
+      kernels.fill_floats(job, data + row * job.depth, laid.data() + row * length);
   });
   job.x = laid.data();
   over_columns(job, [&](int64_t begin, int64_t end) { kernels.multiply_floats(job, begin, end); });

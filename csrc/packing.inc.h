@@ -1,7 +1,7 @@
 // lowbit::pack and lowbit::unpack for one instruction set; the definitions are in src/lowbit/ops/pack.py.
 //
-// Eight codes, one per byte of a 64-bit word, move together in three steps: pairs, pairs of pairs, halves. The steps are
-// the same on a vector of words.
+// Eight codes, one per byte of a 64-bit word, move together in three steps: pairs, pairs of pairs, halves. The steps
+// are the same on a vector of words.
 #pragma once
 
 #include <string.h>
