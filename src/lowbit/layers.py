@@ -96,6 +96,7 @@ class LayerQuant(nn.Module):
         self.off: tuple[str, ...] = ()
         self.stored: QTensor | None = None
         """Codes that the weight was loaded from; they count until the layer is trained (`lowbit.load`)."""
+        self._plans: dict[tuple[Any, ...], Plan | None] = {}
         self.unpacked: tuple[QTensor, Codes] | None = None
         """Those codes, and as int8."""
         self.slots = nn.ModuleDict()
@@ -207,8 +208,11 @@ class LayerQuant(nn.Module):
             needed += ["grad_a", "grad_w"]
         elif torch.is_grad_enabled():
             needed += [which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad]
-        products = plan(self, w.dim(), needed)
-        if products is None or any(isinstance(q, Quantizer) and q.watch is not None for q in self.slots.values()):
+        state = self.training, self.frozen, self.stage, self.off, w.dim(), len(needed), needed[-1]
+        if state not in self._plans:
+            self._plans[state] = plan(self, w.dim(), needed)
+        products = self._plans[state]
+        if products is None or any(q.watch is not None for q in self.slots.values()):  # type: ignore[union-attr]
             return None
         quant_a, quant_w = self.role("A"), self.coding("W")
         run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": self.role("E")}, {})

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .backward import Backward, Coded, PassThrough
 from .blocks import Blocked, Blocks, Layout, PerTensor
 from .formats import Even, Fixed, Float, Format, Int
-from .ops.cast import cast, cast_absmax, cast_arguments
+from .ops.cast import cast, cast_arguments
 from .packing import PACKABLE, pack, unpack
 from .rng import Stream, recall, remember, stream_id
 from .rounding import ROUNDINGS, Rounding
@@ -220,6 +220,7 @@ class Quantizer(nn.Module):
         self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
         self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
         self.calibrating = False
+        self._casts: dict[tuple[torch.Size, Rounding], tuple[Any, ...]] = {}  # what `integers` asks for, by shape
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
         self._drawn: int | None = None  # version of the weight that the current draw belongs to
         self._source: weakref.ref[Tensor] | None = None  # that weight
@@ -293,18 +294,35 @@ class Quantizer(nn.Module):
             how = how.inner
         return "there is a zero point" if isinstance(how, MinMax) or (isinstance(how, Static) and how.zero) else ""
 
-    @torch.no_grad()
     def integers(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """int8 codes in the shape of `x`, and the scales `(blocks,)`; `why_no_codes` is empty and `x` is not."""
-        b = Blocked(self._enter(x, None), self.spec.blocks, self.layout)
+        """int8 codes in the shape of `x`, without a gradient, and the scales `(blocks,)`; `why_no_codes` is empty and
+        `x` is not."""
+        x = self._enter(x, None).detach()
         how, mode = self.spec.scale, self.mode(key is not None)
-        if type(self) is Quantizer and isinstance(how, AbsMax) and self.spec.unsigned is None and b.strides is not None:
-            arguments = cast_arguments(self.spec.format, mode)
-            assert arguments is not None  # there is one for every Int
-            codes, scale = cast_absmax(b.view, key, b.strides, b.count, how.denominator, *arguments, mode, "codes")
-            return codes.reshape(x.shape), scale
-        coded, _ = self._run(b.x, key, None)
+        if isinstance(how, AbsMax) and type(self) is Quantizer and self.spec.unsigned is None:
+            known = self._casts.get((x.shape, mode))
+            if known is None:
+                known = self._cast_of(x, mode)
+                if not torch.compiler.is_compiling():
+                    if len(self._casts) > 64:  # lengths vary from batch to batch
+                        self._casts.clear()
+                    self._casts[x.shape, mode] = known
+            if len(known):
+                view, strides, count, arguments = known
+                codes, scale = torch.ops.lowbit.cast_absmax(
+                    x.view(view) if len(view) != x.dim() else x, key, strides, count, how.denominator, *arguments
+                )
+                return codes.reshape(x.shape), scale
+        coded, _ = self._run(x, key, None)
         return self.spec.blocks.unview(coded.grid.to(torch.int8), x.shape, self.layout), coded.scale.flatten()
+
+    def _cast_of(self, x: Tensor, mode: Rounding) -> tuple[Any, ...]:
+        """Shape of the view, block strides, number of blocks and the format's arguments; empty without a fused cast."""
+        b = Blocked(x, self.spec.blocks, self.layout)
+        arguments = cast_arguments(self.spec.format, mode)
+        if b.strides is None or arguments is None or x.dtype != torch.float32:
+            return ()
+        return b.view.shape, b.strides, b.count, (*arguments, mode, "codes")
 
     def gain(self, x: Tensor) -> float:
         """Factor on the gradient of the learned parameter; `x` is the tensor as it entered."""

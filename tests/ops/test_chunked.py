@@ -237,8 +237,9 @@ def test_opcheck(requires_grad: bool) -> None:
 
 def test_it_is_not_differentiable() -> None:
     a = torch.randn(2, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="autograd"):
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
         chunked_mm(a, torch.randn(3, 2)).sum().backward()
+    assert a.grad is None
 
 
 def test_compile() -> None:

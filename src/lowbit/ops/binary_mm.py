@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["binary_mm", "pack_signs"]
 
@@ -35,12 +35,8 @@ def _signs(words: Tensor) -> Tensor:
     return (2 * bits - 1).flatten(1).to(torch.float64)
 
 
-_pack_signs = torch.library.custom_op(
-    "lowbit::pack_signs", _pack_signs_definition, mutates_args=(), schema="(Tensor x) -> Tensor"
-)
-_op = torch.library.custom_op(
-    "lowbit::binary_mm", _definition, mutates_args=(), schema="(Tensor a, Tensor b, SymInt depth) -> Tensor"
-)
+_pack_signs = Operator("lowbit::pack_signs", _pack_signs_definition, "(Tensor x) -> Tensor")
+_op = Operator("lowbit::binary_mm", _definition, "(Tensor a, Tensor b, SymInt depth) -> Tensor")
 
 
 @_pack_signs.register_fake

@@ -44,7 +44,7 @@ from lowbit.formats import (
 from lowbit.rounding import ROUNDINGS, round_to_int
 from lowbit.serial import nearest
 
-from .backends import declare
+from .backends import Operator, declare
 from .uniform import uniform
 
 __all__ = ["block_absmax", "block_minmax", "cast", "cast_absmax", "cast_arguments"]
@@ -243,30 +243,25 @@ def _dense(x: Tensor) -> bool:
 
 _CAST = "str kind, float[] numbers, Tensor? table, str rounding, str result"
 
-_absmax_op = torch.library.custom_op(
+_absmax_op = Operator(
     "lowbit::block_absmax",
     _absmax_definition,
-    mutates_args=(),
-    schema="(Tensor x, SymInt[] block_strides, SymInt blocks) -> Tensor",
+    "(Tensor x, SymInt[] block_strides, SymInt blocks) -> Tensor",
 )
-_minmax_op = torch.library.custom_op(
+_minmax_op = Operator(
     "lowbit::block_minmax",
     _minmax_definition,
-    mutates_args=(),
-    schema="(Tensor x, SymInt[] block_strides, SymInt blocks) -> (Tensor, Tensor)",
+    "(Tensor x, SymInt[] block_strides, SymInt blocks) -> (Tensor, Tensor)",
 )
-_cast_op = torch.library.custom_op(
+_cast_op = Operator(
     "lowbit::cast",
     _cast_definition,
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor scale, Tensor? zero, Tensor? key, Tensor? u, SymInt[] block_strides, {_CAST}) -> Tensor",
+    f"(Tensor x, Tensor scale, Tensor? zero, Tensor? key, Tensor? u, SymInt[] block_strides, {_CAST}) -> Tensor",
 )
-_cast_absmax_op = torch.library.custom_op(
+_cast_absmax_op = Operator(
     "lowbit::cast_absmax",
     _cast_absmax_definition,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? key, SymInt[] block_strides, SymInt blocks, float denominator, "
-    f"{_CAST}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? key, SymInt[] block_strides, SymInt blocks, float denominator, {_CAST}) -> (Tensor, Tensor)",
 )
 
 

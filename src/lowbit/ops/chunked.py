@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["chunked_mm", "round_minifloat"]
 
@@ -72,11 +72,10 @@ def _definition(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, 
     return result
 
 
-_op = torch.library.custom_op(
+_op = Operator(
     "lowbit::chunked_mm",
     _definition,
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, int chunk, int exponent, int mantissa, int bias) -> Tensor",
+    "(Tensor a, Tensor b, int chunk, int exponent, int mantissa, int bias) -> Tensor",
 )
 
 

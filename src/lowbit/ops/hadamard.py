@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["LARGEST", "hadamard"]
 
@@ -43,11 +43,10 @@ def _along(signs: Tensor, x: Tensor) -> Tensor:
     return signs.repeat(x.shape[-1] // signs.shape[0])
 
 
-_op = torch.library.custom_op(
+_op = Operator(
     "lowbit::hadamard",
     _definition,
-    mutates_args=(),
-    schema="(Tensor x, int size, Tensor? signs, bool inverse) -> Tensor",
+    "(Tensor x, int size, Tensor? signs, bool inverse) -> Tensor",
 )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["int8_conv", "int8_conv_grad_a", "int8_conv_grad_w", "int8_matmul"]
 
@@ -115,35 +115,31 @@ def _channels_last(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
-_int8_matmul = torch.library.custom_op(
+_int8_matmul = Operator(
     "lowbit::int8_matmul",
     _matmul,
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType dtype) -> Tensor",
 )
-_int8_conv = torch.library.custom_op(
+_int8_conv = Operator(
     "lowbit::int8_conv",
     _conv,
-    mutates_args=(),
-    schema=(
+    (
         "(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias, int[] stride, int[] padding, "
         "int[] dilation, int groups, ScalarType dtype) -> Tensor"
     ),
 )
-_int8_conv_grad_a = torch.library.custom_op(
+_int8_conv_grad_a = Operator(
     "lowbit::int8_conv_grad_a",
     _conv_grad_a,
-    mutates_args=(),
-    schema=(
+    (
         "(Tensor e, Tensor w, Tensor e_scale, Tensor w_scale, SymInt[] a_shape, int[] stride, int[] padding, "
         "int[] dilation, int groups, ScalarType dtype) -> Tensor"
     ),
 )
-_int8_conv_grad_w = torch.library.custom_op(
+_int8_conv_grad_w = Operator(
     "lowbit::int8_conv_grad_w",
     _conv_grad_w,
-    mutates_args=(),
-    schema=(
+    (
         "(Tensor e, Tensor x, Tensor e_scale, Tensor x_scale, SymInt[] w_shape, int[] stride, int[] padding, "
         "int[] dilation, int groups, ScalarType dtype) -> Tensor"
     ),

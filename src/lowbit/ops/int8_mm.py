@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["int8_mm"]
 
@@ -23,9 +23,7 @@ def _definition(a: Tensor, b: Tensor, split: int) -> Tensor:
     return exact.to(torch.int32 if depth <= split else torch.int64)
 
 
-_op = torch.library.custom_op(
-    "lowbit::int8_mm", _definition, mutates_args=(), schema="(Tensor a, Tensor b, int split) -> Tensor"
-)
+_op = Operator("lowbit::int8_mm", _definition, "(Tensor a, Tensor b, int split) -> Tensor")
 
 
 @_op.register_fake

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["SUB_BYTE", "pack", "unpack"]
 
@@ -44,12 +44,8 @@ def _unpack_definition(packed: Tensor, bits: int, count: int) -> Tensor:
     return ((words >> shifts) & ((1 << bits) - 1)).reshape(-1)[:count].to(torch.uint8)
 
 
-_pack = torch.library.custom_op(
-    "lowbit::pack", _pack_definition, mutates_args=(), schema="(Tensor codes, int bits) -> (Tensor, Tensor)"
-)
-_unpack = torch.library.custom_op(
-    "lowbit::unpack", _unpack_definition, mutates_args=(), schema="(Tensor packed, int bits, SymInt count) -> Tensor"
-)
+_pack = Operator("lowbit::pack", _pack_definition, "(Tensor codes, int bits) -> (Tensor, Tensor)")
+_unpack = Operator("lowbit::unpack", _unpack_definition, "(Tensor packed, int bits, SymInt count) -> Tensor")
 
 
 @_pack.register_fake

@@ -37,7 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 from .pack import pack, unpack
 
 __all__ = ["LEVELS", "pack_weight", "packed_mm", "unpack_weight"]
@@ -159,17 +159,15 @@ def _int8_definition(x: Tensor, weight: Tensor, scale: Tensor, bits: int, offset
     return result.masked_fill(result.isnan(), torch.nan)
 
 
-_op = torch.library.custom_op(
+_op = Operator(
     "lowbit::packed_mm",
     _definition,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor scale, Tensor levels, int group) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor levels, int group) -> Tensor",
 )
-_int8_op = torch.library.custom_op(
+_int8_op = Operator(
     "lowbit::packed_mm_int8",
     _int8_definition,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor scale, int bits, int offset, int group) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor scale, int bits, int offset, int group) -> Tensor",
 )
 
 

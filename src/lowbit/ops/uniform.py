@@ -16,7 +16,7 @@ from collections.abc import Sequence  # torch.library reads real annotations: no
 import torch
 from torch import Tensor
 
-from .backends import declare
+from .backends import Operator, declare
 
 __all__ = ["next_key", "philox", "uniform", "uniform_reference"]
 
@@ -64,9 +64,7 @@ def _check(key: Tensor) -> None:
         raise ValueError(f"a key is int64 (seed, stream, step); got {key.dtype} of shape {tuple(key.shape)}")
 
 
-_op = torch.library.custom_op(
-    "lowbit::uniform", uniform_reference, mutates_args=(), schema="(Tensor key, SymInt[] shape) -> Tensor"
-)
+_op = Operator("lowbit::uniform", uniform_reference, "(Tensor key, SymInt[] shape) -> Tensor")
 
 
 @_op.register_fake
@@ -95,16 +93,22 @@ def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.lowbit.uniform(key, list(shape))
 
 
-@torch.library.custom_op("lowbit::next_key", mutates_args=())
-def next_key(key: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of a key, and the key of the step after it."""
+def _next_key(key: Tensor) -> tuple[Tensor, Tensor]:
     _check(key)
     following = key.clone()
     following[2] += 1
     return key.clone(), following
 
 
-@next_key.register_fake
+_next = Operator("lowbit::next_key", _next_key, "(Tensor key) -> (Tensor, Tensor)")
+
+
+@_next.register_fake
 def _(key: Tensor) -> tuple[Tensor, Tensor]:
     _check(key)
     return torch.empty_like(key), torch.empty_like(key)
+
+
+def next_key(key: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of a key, and the key of the step after it."""
+    return torch.ops.lowbit.next_key(key)
