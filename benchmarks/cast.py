@@ -99,7 +99,16 @@ def by_layout(elements: int, rounds: int) -> list[dict[str, object]]:
             "block_absmax": lambda: block_absmax(x, strides, blocks),  # noqa: B023
             "block_minmax": lambda: block_minmax(x, strides, blocks),  # noqa: B023
             "cast half_even": lambda: cast(x, scale, None, None, None, strides, *nearest, "half_even"),  # noqa: B023
-            "cast stochastic": lambda: cast(x, scale, None, KEY, None, strides, *stochastic, "stochastic"),  # noqa: B023
+            "cast stochastic": lambda: cast(  # noqa: B023
+                x,  # noqa: B023
+                scale,  # noqa: B023
+                None,
+                KEY,
+                None,
+                strides,  # noqa: B023
+                *stochastic,
+                "stochastic",
+            ),
             "cast_absmax codes": lambda: cast_absmax(  # noqa: B023
                 x,  # noqa: B023
                 KEY,

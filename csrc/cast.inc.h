@@ -135,7 +135,7 @@ struct Lanes {
 };
 #endif
 
-// ---- rounding rules: t in grid units, u uniform -----------------------------------------------------------------------
+// ---- rounding rules: t in grid units, u uniform ---------------------------------------------------------------------
 
 using LaneF = Lanes::F;
 using LaneI = Lanes::I;
@@ -310,7 +310,7 @@ struct RoundTable {
   }
 };
 
-// ---- uniforms of a tile -----------------------------------------------------------------------------------------------
+// ---- uniforms of a tile ---------------------------------------------------------------------------------------------
 
 // The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 63 behind.
 struct Draw {
@@ -404,7 +404,7 @@ void uniforms(const CastUniforms& job, CastTile& tile) {
   tile.u = out;
   if (job.column_index == 1 && (job.rows == 1 || job.row_index == job.columns)) {
     tile.u_row = job.columns;
-    tile.draw = &job;  // while casting: the processor overlaps the multiplications of one with the divisions of the other
+    tile.draw = &job;  // drawn while casting: the multiplications of one overlap with the divisions of the other
   } else if (job.column_index == 1) {
     tile.u_row = job.columns + 4;
     for (int64_t r = 0; r < job.rows; ++r)
@@ -425,7 +425,7 @@ void uniforms(const CastUniforms& job, CastTile& tile) {
   }
 }
 
-// ---- tiles ------------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 template <class Round, bool scale_column, bool whole>
 inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c, LaneF scale,
@@ -528,7 +528,7 @@ void cast(const CastFormat& format, const CastTile& tile) {
   }
 }
 
-// ---- statistics of a tile ---------------------------------------------------------------------------------------------
+// ---- statistics of a tile -------------------------------------------------------------------------------------------
 
 // |x| as an integer: NaN is larger than infinity
 inline LaneI magnitude(LaneF x) { return Lanes::bit_and(Lanes::bits(x), Lanes::set(INT32_MAX)); }

@@ -30,7 +30,7 @@ using torch::stable::Tensor;
 constexpr int64_t worth_a_thread = 1 << 15;  // elements, 5 to 20 microseconds: smaller tensors stay on one thread
 constexpr int max_dim = 8;
 
-// ---- formats ----------------------------------------------------------------------------------------------------------
+// ---- formats --------------------------------------------------------------------------------------------------------
 
 float bits_as_float(int32_t bits) {
   float x;
@@ -112,7 +112,7 @@ CastFormat cast_format(const std::string& kind, const std::vector<double>& numbe
   const auto given = [&](size_t count, bool valid) {
     STD_TORCH_CHECK(numbers.size() == count && valid, "the numbers of kind '", kind, "' describe no format");
   };
-  STD_TORCH_CHECK(table.has_value() == (f.kind == CastKind::table), "kind 'table' needs a table, other kinds have none");
+  STD_TORCH_CHECK(table.has_value() == (f.kind == CastKind::table), "kind 'table' needs a table, others have none");
   const double* n = numbers.data();
   bool codes = false;
   switch (f.kind) {
@@ -151,9 +151,9 @@ CastFormat cast_format(const std::string& kind, const std::vector<double>& numbe
   return f;
 }
 
-// ---- tensors as tiles -------------------------------------------------------------------------------------------------
+// ---- tensors as tiles -----------------------------------------------------------------------------------------------
 
-// One axis: its size, and in each of the tensors the distance of neighbours. `index` counts elements in row-major order.
+// One axis: its size, and in each of the tensors the distance of neighbours. `index` counts elements row-major.
 struct Axis {
   int64_t size = 1, x = 0, out = 0, block = 0, u = 0, index = 0;
 };
@@ -293,7 +293,7 @@ void check_blocks(const char* name, const Tensor& x, const std::vector<int64_t>&
   }
 }
 
-// ---- statistics -------------------------------------------------------------------------------------------------------
+// ---- statistics -----------------------------------------------------------------------------------------------------
 
 struct Statistic {
   Tiling tiles;
@@ -405,7 +405,7 @@ std::tuple<Tensor, Tensor> block_minmax(const Tensor& x, std::vector<int64_t> bl
   return {lows, highs};
 }
 
-// ---- cast -------------------------------------------------------------------------------------------------------------
+// ---- cast -----------------------------------------------------------------------------------------------------------
 
 struct Cast {
   Tiling tiles;
@@ -490,7 +490,8 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
     const int64_t* words = key->const_data_ptr<int64_t>();
     const uint64_t seed = uint64_t(words[0]);
     job.key[0] = uint32_t(seed), job.key[1] = uint32_t(seed >> 32);
-    job.high[0] = uint32_t(uint64_t(words[2 * key->stride(0)])), job.high[1] = uint32_t(uint64_t(words[key->stride(0)]));
+    const int64_t stream = words[key->stride(0)], step = words[2 * key->stride(0)];
+    job.high[0] = uint32_t(uint64_t(step)), job.high[1] = uint32_t(uint64_t(stream));
   }
   if (u.has_value()) {
     bool same = u->scalar_type() == ScalarType::Float && u->dim() == x.dim();

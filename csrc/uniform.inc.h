@@ -40,8 +40,8 @@ struct PhiloxKeys {
   }
 };
 
-// The words of two vectors of counters. A word lives in the low half of a 64-bit lane; what the high half holds does not
-// matter, because the widening product reads the low half only. Two at a time, because one waits for its products.
+// The words of two vectors of counters. A word lives in the low half of a 64-bit lane; what the high half holds does
+// not matter, because the widening product reads the low half only. Two, because one alone waits for its products.
 struct PhiloxPair {
   Vec::Words words[2][4];
 };

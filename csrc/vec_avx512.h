@@ -46,7 +46,8 @@ struct Vec {
       return {_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
     }
     static Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
-    static Words high(Words a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }  // shifts share a port with products
+    // not a shift: those wait for the port of the products
+    static Words high(Words a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
     static Words exclusive_or(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
     // the words' top 24 bits as uniforms, in the order of the elements
     static void store_uniform(float* out, Words w0, Words w1, Words w2, Words w3) {
