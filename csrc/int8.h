@@ -70,6 +70,7 @@ struct Int8Box {
   int64_t height, width, channels;  // of the source
   int64_t y, x;                     // where the box begins, in the source's rows and columns; may be outside
   int64_t box_height, box_width;
+  bool plain;  // codes as they are, for the depthwise kernels
   uint8_t* left;
 };
 
@@ -97,6 +98,18 @@ struct Int8GradW {
   bool bfloat16;
 };
 
+// Depthwise convolutions work on channels-last boxes, 16 channels at a time. Forward and grad_a are an Int8Product whose
+// segments are taps, whose columns are channels, and whose right operand is [channel / 16][tap][16] of int32. grad_w:
+struct Int8DepthwiseGradW {
+  const uint8_t* left;   // of x, a plain box
+  const uint8_t* error;  // of e, a plain box: (rows, width, channels)
+  int64_t rows, width, channels;
+  int64_t left_line, left_row;  // bytes between what neighbouring rows and columns of e see
+  const int64_t* taps;          // offsets in `left`
+  int64_t tap_count;
+  int64_t* sums;  // (tap, channels padded to panels), added to
+};
+
 struct Int8Kernels {
   int64_t depth_unit;  // bytes; grad_w may also use 4
   int64_t most_panels, most_rows;  // of a tile
@@ -109,6 +122,8 @@ struct Int8Kernels {
   // (rows, columns) bytes to (columns, rows), the latter `pitch` bytes apart
   void (*transpose)(const int8_t* source, int64_t source_pitch, int64_t rows, int64_t columns, int8_t* out, int64_t pitch);
   void (*multiply)(const Int8Product&);
+  void (*multiply_depthwise)(const Int8Product&);
+  void (*depthwise_grad_w)(const Int8DepthwiseGradW&);
   // the epilogue for sums in int64, (rows, columns)
   void (*finish_long)(const Int8Product&, const int64_t* sums, int64_t sums_row);
   void (*finish_grad_w)(const Int8GradW&);

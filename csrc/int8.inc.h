@@ -323,9 +323,18 @@ void finish_grad_w(const Int8GradW& job) {
   }
 }
 
+}  // namespace
+}  // namespace lowbit
+
+#include "int8_depthwise.inc.h"
+
+namespace lowbit {
+namespace {
+
 constexpr Int8Kernels int8_kernels = {
-    depth_unit, Dot::most_panels, most_tile_rows,  Dot::most_rows, Dot::most_rows_narrow, pack_left,    pack_right,
-    pack_box,   pack_planes,      transpose_codes, multiply,       finish_long,           finish_grad_w};
+    depth_unit, Dot::most_panels, most_tile_rows, Dot::most_rows,     Dot::most_rows_narrow,
+    pack_left,  pack_right,       pack_box,       pack_planes,        transpose_codes,
+    multiply,   multiply_depthwise, depthwise_grad_w, finish_long,    finish_grad_w};
 
 }  // namespace
 }  // namespace lowbit

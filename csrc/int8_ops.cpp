@@ -16,6 +16,7 @@ using lowbit::int8_panel;
 using lowbit::int8_safe;
 using lowbit::int8_slack;
 using lowbit::Int8Box;
+using lowbit::Int8DepthwiseGradW;
 using lowbit::Int8GradW;
 using lowbit::Int8Kernels;
 using lowbit::Int8Planes;
@@ -248,6 +249,8 @@ Geometry geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& w, 
   return g;
 }
 
+bool depthwise(const Geometry& g) { return g.groups > 1 && g.group_channels == 1 && g.group_filters == 1; }
+
 std::vector<int64_t> shape_of(const Tensor& x) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
@@ -327,6 +330,7 @@ struct Gather {
   int64_t channels, columns;       // of a group: of the source, of the result
   Int8View weight;                 // (k inside a part, column)
   int64_t weight_group;            // between groups
+  bool depthwise;                  // one group for all channels, each segment a tap
 };
 
 void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int64_t samples, int64_t groups,
@@ -349,7 +353,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       x_high = any ? std::max(x_high, phase.dx[s] + taps - 1) : phase.dx[s] + taps - 1;
       any = true;
     }
-    phase.steps = up(phase.part_count * phase.part_depth, kernels.depth_unit) / 4;
+    phase.steps = plan.depthwise ? 1 : up(phase.part_count * phase.part_depth, kernels.depth_unit) / 4;
     const int64_t segments = int64_t(phase.dy.size());
     phase.packed = packed_bytes, phase.correction = corrections;
     packed_bytes += panels * segments * phase.steps * 64, corrections += padded;
@@ -372,6 +376,14 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / (phase_count * panels);
       const Phase& phase = plan.phases[size_t(task / panels % phase_count)];
+      if (plan.depthwise) {
+        int32_t* target = reinterpret_cast<int32_t*>(packed + phase.packed) +
+                          task % panels * int64_t(phase.parts.size()) * int8_panel;
+        for (int64_t tap : phase.parts)
+          for (int64_t c = task % panels * int8_panel; c < (task % panels + 1) * int8_panel; ++c)
+            *target++ = c < plan.columns ? plan.weight.data[tap + c * plan.weight.column] : 0;
+        continue;
+      }
       Int8Right job;
       job.source = plan.weight;
       job.source.data += g * plan.weight_group;
@@ -414,6 +426,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       const int64_t y = task / column_blocks % row_blocks * rows, x = task % column_blocks * columns;
       const int64_t image_end = std::min(samples, image + images);
       Int8Box box;
+      box.plain = plan.depthwise;
       box.y_stride = source.y, box.x_stride = source.x, box.channel_stride = plan.channels == 1 ? 1 : source.channel;
       box.height = source.height, box.width = source.width, box.channels = plan.channels;
       box.y = y * plan.y_step + y_low, box.x = x * plan.x_step + x_low;
@@ -456,7 +469,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
         job.out = out_data, job.out_row = plan.out_x_step * out_channels, job.bfloat16 = bfloat16;
         job.left_scale_step = 0;
         job.right_scale = scales + g * padded, job.bias = bias ? biases + g * padded : nullptr;
-        kernels.multiply(job);
+        (plan.depthwise ? kernels.multiply_depthwise : kernels.multiply)(job);
       }
     }
   });
@@ -478,10 +491,11 @@ Tensor int8_conv(const Tensor& x, const Tensor& w, const Tensor& x_scale, const 
   const int64_t channels = g.group_channels;
   const int8_t* weight = by_taps(kernels, w, g);
   Gather plan;
+  plan.depthwise = depthwise(g);
   Phase phase = {};
   phase.rows = g.out_height, phase.columns = g.out_width;
   // a row of the kernel is contiguous in the source and in the weight, unless it is dilated
-  const bool whole_rows = g.dilation[1] == 1;
+  const bool whole_rows = g.dilation[1] == 1 && !plan.depthwise;
   for (int64_t ky = 0; ky < g.kernel_height; ++ky)
     for (int64_t kx = 0; kx < (whole_rows ? 1 : g.kernel_width); ++kx) {
       phase.dy.push_back(ky * g.dilation[0] - g.padding[0]), phase.dx.push_back(kx * g.dilation[1] - g.padding[1]);
@@ -493,7 +507,8 @@ Tensor int8_conv(const Tensor& x, const Tensor& w, const Tensor& x_scale, const 
   plan.channels = channels, plan.columns = g.group_filters;
   plan.weight = {weight, 1, g.taps() * channels};
   plan.weight_group = g.group_filters * g.taps() * channels;
-  gather(kernels, plan, Images(x), g.samples, groups, x_scale, w_scale, bias, out, bfloat16);
+  if (plan.depthwise) plan.channels = plan.columns = groups;
+  gather(kernels, plan, Images(x), g.samples, plan.depthwise ? 1 : groups, x_scale, w_scale, bias, out, bfloat16);
   return out;
 }
 
@@ -515,6 +530,7 @@ Tensor int8_conv_grad_a(const Tensor& e, const Tensor& w, const Tensor& e_scale,
   const int64_t channels = g.group_channels, filters = g.group_filters;
   const int8_t* weight = by_taps(kernels, w, g);
   Gather plan;
+  plan.depthwise = depthwise(g);
   // input pixel y = phase + stride * t is met by output rows t + (phase + padding - ky * dilation) / stride
   auto distance = [&](int axis, int64_t phase, int64_t k) { return phase + g.padding[axis] - k * g.dilation[axis]; };
   for (int64_t py = 0; py < std::min(g.stride[0], g.height); ++py)
@@ -546,8 +562,85 @@ Tensor int8_conv_grad_a(const Tensor& e, const Tensor& w, const Tensor& e_scale,
   plan.channels = filters, plan.columns = channels;
   plan.weight = {weight, g.taps() * channels, 1};
   plan.weight_group = filters * g.taps() * channels;
-  gather(kernels, plan, Images(e), g.samples, groups, e_scale, w_scale, std::nullopt, out, bfloat16);
+  if (plan.depthwise) plan.channels = plan.columns = groups, plan.weight.column = g.taps();
+  gather(kernels, plan, Images(e), g.samples, plan.depthwise ? 1 : groups, e_scale, w_scale, std::nullopt, out, bfloat16);
   return out;
+}
+
+void depthwise_grad_w(const Int8Kernels& kernels, const Geometry& g, const Images& source, const Images& error,
+                      const Tensor& e_scale, const Tensor& x_scale, Tensor& out, bool bfloat16) {
+  const int64_t channels = g.channels, padded = up(channels, int8_panel), taps = g.taps();
+  const int64_t margin = (g.kernel_height - 1) * g.dilation[0] + 1;
+  const int64_t box_width = (g.out_width - 1) * g.stride[1] + (g.kernel_width - 1) * g.dilation[1] + 1;
+  std::vector<int64_t> offsets;
+  for (int64_t ky = 0; ky < g.kernel_height; ++ky)
+    for (int64_t kx = 0; kx < g.kernel_width; ++kx)
+      offsets.push_back((ky * g.dilation[0] * box_width + kx * g.dilation[1]) * channels);
+
+  // tasks: parts of the lines of e, each with sums of its own; inside, blocks of lines of one image
+  const int64_t lines = g.samples * g.out_height;
+  const int64_t line_bytes = (box_width * g.stride[0] + g.out_width) * channels;
+  const int64_t block = std::clamp<int64_t>(cache_bytes / line_bytes, 1, g.out_height);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), lines));
+  const int64_t part_lines = cuts(lines, parts);
+  int64_t* const all_sums = reinterpret_cast<int64_t*>(call_scratch.reserve(parts * taps * padded * 8));
+  torch::stable::parallel_for(0, parts, grain(part_lines * g.out_width * channels * taps * 8),
+                              [&](int64_t begin, int64_t end) {
+    const int64_t left_bytes = up(((block - 1) * g.stride[0] + margin) * box_width * channels + int8_slack, 64);
+    uint8_t* const left = task_scratch.reserve(left_bytes + block * g.out_width * channels + int8_slack);
+    for (int64_t part = begin; part < end; ++part) {
+      int64_t* const sums = all_sums + part * taps * padded;
+      std::fill(sums, sums + taps * padded, 0);
+      const int64_t last = std::min(lines, (part + 1) * part_lines);
+      for (int64_t line = part * part_lines; line < last;) {
+        const int64_t sample = line / g.out_height, y = line % g.out_height;
+        const int64_t rows = std::min({block, g.out_height - y, last - line});
+        Int8Box box;
+        box.plain = true;
+        box.source = source.data + sample * source.sample;
+        box.y_stride = source.y, box.x_stride = source.x, box.channel_stride = source.channel;
+        box.height = g.height, box.width = g.width, box.channels = channels;
+        box.y = y * g.stride[0] - g.padding[0], box.x = -g.padding[1];
+        box.box_height = (rows - 1) * g.stride[0] + margin, box.box_width = box_width, box.left = left;
+        kernels.pack_box(box);
+        box.source = error.data + sample * error.sample;
+        box.y_stride = error.y, box.x_stride = error.x, box.channel_stride = error.channel;
+        box.height = g.out_height, box.width = g.out_width;
+        box.y = y, box.x = 0, box.box_height = rows, box.box_width = g.out_width, box.left = left + left_bytes;
+        kernels.pack_box(box);
+        Int8DepthwiseGradW job;
+        job.left = left, job.error = left + left_bytes;
+        job.rows = rows, job.width = g.out_width, job.channels = channels;
+        job.left_line = g.stride[0] * box_width * channels, job.left_row = g.stride[1] * channels;
+        job.taps = offsets.data(), job.tap_count = taps, job.sums = sums;
+        kernels.depthwise_grad_w(job);
+        line += rows;
+      }
+    }
+  });
+  const float* const filter_scale = e_scale.const_data_ptr<float>();
+  const float* const channel_scale = x_scale.const_data_ptr<float>();
+  // the epilogue of the other products: rows are channels, columns are taps
+  Layout own;
+  const int64_t tap_columns = up(taps, int8_panel);
+  const int64_t sums_at = own.add(channels * tap_columns * 8), ones_at = own.add(tap_columns * 4);
+  const int64_t scale_at = own.add(channels * 4);
+  uint8_t* const memory = task_scratch.reserve(own.bytes);
+  int64_t* const total = reinterpret_cast<int64_t*>(memory + sums_at);
+  float* const ones = reinterpret_cast<float*>(memory + ones_at);
+  float* const scales = reinterpret_cast<float*>(memory + scale_at);
+  std::fill(total, total + channels * tap_columns, 0), std::fill(ones, ones + tap_columns, 1.0f);
+  for (int64_t c = 0; c < channels; ++c) {
+    scales[c] = filter_scale[e_scale.size(0) == 1 ? 0 : c] * channel_scale[x_scale.size(0) == 1 ? 0 : c];
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t part = 0; part < parts; ++part) total[c * tap_columns + t] += all_sums[(part * taps + t) * padded + c];
+  }
+  const Int8Rows group = {nullptr, 0, scales, nullptr};
+  Int8Product job = {};
+  job.groups = &group, job.group_count = 1, job.rows = channels, job.columns = taps;
+  job.out = out.mutable_data_ptr(), job.out_row = taps, job.bfloat16 = bfloat16;
+  job.left_scale_step = 1, job.right_scale = ones;
+  kernels.finish_long(job, total, tap_columns);
 }
 
 // Left rows are the channels of the input, each a plane of its own, seen from one tap; right columns are the filters; the
@@ -563,6 +656,10 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   check_vector(e_scale, g.filters, true, "e_scale"), check_vector(x_scale, g.channels, true, "x_scale");
   Tensor out = torch::stable::empty({w_shape.data(), w_shape.size()}, dtype);
   if (out.numel() == 0) return out;
+  if (depthwise(g)) {
+    depthwise_grad_w(kernels, g, Images(x), Images(e), e_scale, x_scale, out, bfloat16);
+    return out;
+  }
 
   // a line is a row of e or, where that is long, a piece of one; lines are numbered (piece, sample, row)
   constexpr int64_t most_width = 512;

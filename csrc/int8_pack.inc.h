@@ -60,10 +60,10 @@ inline void transpose_bytes(const int8_t* source, int64_t source_pitch, int64_t 
 #endif
 }
 
-inline void copy_flipped(const int8_t* source, int64_t n, uint8_t* left) {
+inline void copy_flipped(const int8_t* source, int64_t n, uint8_t* left, uint8_t flip = Dot::flip) {
   int64_t i = 0;
 #if defined(__AVX512BW__)
-  const __m512i mask = _mm512_set1_epi8(char(Dot::flip));
+  const __m512i mask = _mm512_set1_epi8(char(flip));
   for (; i + 64 <= n; i += 64)
     _mm512_storeu_si512(left + i, _mm512_xor_si512(_mm512_loadu_si512(source + i), mask));
   if (i < n) {
@@ -71,7 +71,7 @@ inline void copy_flipped(const int8_t* source, int64_t n, uint8_t* left) {
     _mm512_mask_storeu_epi8(left + i, rest, _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, source + i), mask));
   }
 #else
-  for (; i < n; ++i) left[i] = flipped(source[i]);
+  for (; i < n; ++i) left[i] = uint8_t(source[i]) ^ flip;
 #endif
 }
 
@@ -159,6 +159,7 @@ void pack_right(const Int8Right& job, int64_t panel) {
 }
 
 void pack_box(const Int8Box& box) {
+  const uint8_t flip = box.plain ? 0 : Dot::flip;
   const int64_t line = box.box_width * box.channels;
   const int64_t x_begin = box.x < 0 ? (-box.x < box.box_width ? -box.x : box.box_width) : 0;
   int64_t x_end = box.width - box.x < box.box_width ? box.width - box.x : box.box_width;
@@ -167,25 +168,25 @@ void pack_box(const Int8Box& box) {
     uint8_t* left = box.left + i * line;
     const int64_t y = box.y + i;
     if (y < 0 || y >= box.height || x_begin == x_end) {
-      memset(left, Dot::flip, size_t(line));
+      memset(left, flip, size_t(line));
       continue;
     }
-    memset(left, Dot::flip, size_t(x_begin * box.channels));
-    memset(left + x_end * box.channels, Dot::flip, size_t((box.box_width - x_end) * box.channels));
+    memset(left, flip, size_t(x_begin * box.channels));
+    memset(left + x_end * box.channels, flip, size_t((box.box_width - x_end) * box.channels));
     const int8_t* source = box.source + y * box.y_stride + (box.x + x_begin) * box.x_stride;
     const int64_t pixels = x_end - x_begin;
     left += x_begin * box.channels;
     if (box.channel_stride == 1 && box.x_stride == box.channels) {
-      copy_flipped(source, pixels * box.channels, left);
+      copy_flipped(source, pixels * box.channels, left, flip);
     } else if (box.channel_stride == 1) {
       for (int64_t x = 0; x < pixels; ++x)
-        copy_flipped(source + x * box.x_stride, box.channels, left + x * box.channels);
+        copy_flipped(source + x * box.x_stride, box.channels, left + x * box.channels, flip);
     } else if (box.x_stride == 1) {
-      transpose_bytes(source, box.channel_stride, box.channels, pixels, left, box.channels, Dot::flip);
+      transpose_bytes(source, box.channel_stride, box.channels, pixels, left, box.channels, flip);
     } else {
       for (int64_t x = 0; x < pixels; ++x)
         for (int64_t c = 0; c < box.channels; ++c)
-          left[x * box.channels + c] = flipped(source[x * box.x_stride + c * box.channel_stride]);
+          left[x * box.channels + c] = uint8_t(source[x * box.x_stride + c * box.channel_stride]) ^ flip;
     }
   }
 }
