@@ -73,13 +73,17 @@ void depthwise_grad_w(const Int8DepthwiseGradW& job) {
         const uint8_t* error = job.error + y * job.width * job.channels + channel;
         for (int64_t begin = 0; begin < job.width;) {
           const int64_t end = job.width - begin > int8_safe ? begin + int8_safe : job.width;
-          Channels sum = Channels::zero();
-          for (int64_t x = begin; x < end; ++x, left += job.left_row, error += job.channels)
-            sum.add(Channels::widen(left), Channels::widen(error).lower());
-          int32_t line[int8_panel];
-          sum.store(line);
+          Channels sums[4] = {Channels::zero(), Channels::zero(), Channels::zero(), Channels::zero()};  // independent
+          int64_t x = begin;
+          for (; x + 4 <= end; x += 4)
+            for (int i = 0; i < 4; ++i, left += job.left_row, error += job.channels)
+              sums[i].add(Channels::widen(left), Channels::widen(error).lower());
+          for (; x < end; ++x, left += job.left_row, error += job.channels)
+            sums[0].add(Channels::widen(left), Channels::widen(error).lower());
+          int32_t lines[4][int8_panel];
+          for (int i = 0; i < 4; ++i) sums[i].store(lines[i]);
           int64_t* const total = job.sums + t * padded + channel;
-          for (int64_t j = 0; j < int8_panel; ++j) total[j] += line[j];
+          for (int64_t j = 0; j < int8_panel; ++j) total[j] += lines[0][j] + lines[1][j] + lines[2][j] + lines[3][j];
           begin = end;
         }
       }

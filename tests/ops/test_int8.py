@@ -134,7 +134,7 @@ MATMUL_SIZES = [1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100
 @compiled
 def test_matmul_equals_the_definition(isa: str) -> None:
     rng = random.Random(2)
-    for trial in range(150):
+    for trial in range(100):
         m, k, n = (rng.choice(MATMUL_SIZES) for _ in range(3))
         a, b = strided(codes(m, k, extreme=trial % 5 == 0), rng), strided(codes(k, n, extreme=trial % 5 == 0), rng)
         a_scale, b_scale = scales(rng.choice([1, m])), scales(rng.choice([1, n]))
@@ -158,7 +158,7 @@ def test_matmul_equals_the_definition_where_it_is_split(isa: str, shape: tuple[i
 @compiled
 def test_conv_equals_the_definition(isa: str) -> None:
     rng = random.Random(3)
-    for trial in range(120):
+    for trial in range(60):
         g = Geometry(rng, groups=rng.choice([5, 37]) if trial % 6 == 0 else None)
         x, w = strided(codes(*g.a_shape, extreme=trial % 5 == 0), rng), strided(codes(*g.w_shape), rng)
         x_scale, w_scale = scales(rng.choice([1, g.n])), scales(rng.choice([1, g.o]))
@@ -171,7 +171,7 @@ def test_conv_equals_the_definition(isa: str) -> None:
 @compiled
 def test_conv_grad_a_equals_the_definition(isa: str) -> None:
     rng = random.Random(4)
-    for trial in range(120):
+    for trial in range(60):
         g = Geometry(rng, groups=rng.choice([5, 37]) if trial % 6 == 0 else None)
         e, w = strided(codes(*g.e_shape, extreme=trial % 5 == 0), rng), strided(codes(*g.w_shape), rng)
         e_scale, w_scale = scales(rng.choice([1, g.n])), scales(rng.choice([1, g.w_shape[1]]))
@@ -184,7 +184,7 @@ def test_conv_grad_a_equals_the_definition(isa: str) -> None:
 @compiled
 def test_conv_grad_w_equals_the_definition(isa: str) -> None:
     rng = random.Random(5)
-    for trial in range(120):
+    for trial in range(60):
         g = Geometry(rng, groups=rng.choice([5, 37]) if trial % 6 == 0 else None)
         e, x = strided(codes(*g.e_shape, extreme=trial % 5 == 0), rng), strided(codes(*g.a_shape), rng)
         e_scale, x_scale = scales(rng.choice([1, g.o])), scales(rng.choice([1, g.c]))
