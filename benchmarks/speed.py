@@ -3,7 +3,8 @@
     python benchmarks/speed.py [--rows gpt,linear] [--threads 2] [--quick] [--save results/speed.json]
 
 All sides of a comparison run in turn in one process; ratios are medians of the ratios within a round. With
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment PyTorch's oneDNN leaves AMX alone, as on a processor without it.
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment neither PyTorch's oneDNN nor our kernels use AMX, as on a
+processor without it.
 """
 
 from __future__ import annotations

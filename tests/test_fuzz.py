@@ -22,9 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit import formats
 from lowbit.ops import backends
+from lowbit.ops.cast import cast_arguments
 from lowbit.ops.int8_mm import SAFE
 from lowbit.ops.pack import SUB_BYTE
+from lowbit.rounding import ROUNDINGS
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +180,194 @@ def _(r: Draw) -> tuple[Any, ...]:
     return r.laid_out(words[0]), r.laid_out(words[1]), depth
 
 
+def scales(r: Draw, n: int) -> Tensor:
+    """(n,) or (1,): ordinary, of many magnitudes, or with special values."""
+    n = 1 if r.chance(0.2) else n
+    x = torch.rand(n, generator=r.torch) + 0.1
+    if r.chance(0.3):
+        x = x * 10.0 ** r.uniform(-40, 38)
+    if r.chance(0.1) and n:
+        x[r.randrange(n)] = r.choice(SPECIAL)
+    return x
+
+
+def output(r: Draw) -> torch.dtype:
+    return r.choice((torch.float32, torch.float32, torch.bfloat16))
+
+
+@generator("lowbit::int8_matmul")
+def _(r: Draw) -> tuple[Any, ...]:
+    m, k, n = r.size(), r.size(200 if r.chance(0.2) else 65), r.size()
+    if r.chance(0.01):
+        m, k, n = (r.randint(100, 300) for _ in range(3))
+    bias = torch.randn(n, generator=r.torch) if r.chance(0.4) else None
+    return r.codes(m, k), r.codes(k, n), scales(r, m), scales(r, n), bias, output(r)
+
+
+class Convolution:
+    """Shapes of a random convolution, with at least one output pixel."""
+
+    def __init__(self, r: Draw) -> None:
+        self.stride, self.dilation = ([r.choice((1, 1, 2, 3)) for _ in range(2)] for _ in range(2))
+        self.padding = [r.choice((0, 1, 1, 2, 4)) for _ in range(2)]
+        self.groups = r.choice((1, 1, 1, 2, 3, 8))
+        kernel = [r.choice((1, 2, 3, 3, 5)) for _ in range(2)]
+        inputs, outputs = (1, 1) if self.groups == 8 else (r.choice((1, 2, 3, 4, 16, 17)), r.choice((1, 3, 8, 17)))
+        batch = r.choice((0, 1, 1, 2, 3)) if r.chance(0.3) else 1
+        least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(self.dilation, kernel, self.padding, strict=True)]
+        larger = 30 if r.chance(0.02) else 6
+        pixels = [n + r.randint(0, larger) for n in least]
+        self.x = [batch, inputs * self.groups, *pixels]
+        self.w = [outputs * self.groups, inputs, *kernel]
+        out = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(pixels, self.padding, self.dilation, kernel, self.stride, strict=True)
+        ]
+        self.y = [batch, self.w[0], *out]
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+@generator("lowbit::int8_conv")
+def _(r: Draw) -> tuple[Any, ...]:
+    c = Convolution(r)
+    bias = torch.randn(c.w[0], generator=r.torch) if r.chance(0.4) else None
+    scale_x, scale_w = scales(r, c.x[0]), scales(r, c.w[0])
+    return r.codes(*c.x), r.codes(*c.w), scale_x, scale_w, bias, *c.geometry, output(r)
+
+
+@generator("lowbit::int8_conv_grad_a")
+def _(r: Draw) -> tuple[Any, ...]:
+    c = Convolution(r)
+    scale_e, scale_w = scales(r, c.y[0]), scales(r, c.w[1])
+    return r.codes(*c.y), r.codes(*c.w), scale_e, scale_w, c.x, *c.geometry, output(r)
+
+
+@generator("lowbit::int8_conv_grad_w")
+def _(r: Draw) -> tuple[Any, ...]:
+    c = Convolution(r)
+    scale_e, scale_x = scales(r, c.y[1]), scales(r, c.x[1])
+    return r.codes(*c.y), r.codes(*c.x), scale_e, scale_x, c.w, *c.geometry, output(r)
+
+
+def blocks(r: Draw, shape: list[int]) -> tuple[list[int], int]:
+    """Strides of blocks over `shape`, one for each index of some axes in any order, and how many blocks there are."""
+    strides, count = [0] * len(shape), 1
+    for d in r.sample(range(len(shape)), len(shape)):
+        if r.chance(0.4):
+            strides[d], count = count, count * shape[d]
+    return strides, count
+
+
+def shape_of(r: Draw) -> list[int]:
+    if r.chance(0.01):
+        return [r.randint(20, 60), r.randint(300, 900)]
+    return [r.size(40 if i == 0 else 17) for i in range(r.randint(0, 4))][::-1]
+
+
+def with_blocks(r: Draw) -> tuple[Tensor, list[int], int]:
+    shape = shape_of(r)
+    strides, count = blocks(r, shape)
+    return r.floats(*shape), strides, count
+
+
+def grid(r: Draw) -> tuple[Any, ...]:
+    """Kind, numbers, table and rounding of a random format."""
+    while True:
+        kmin = r.randint(-12, 4)
+        values = sorted({round(r.uniform(-20, 20), r.randint(0, 6)) for _ in range(r.randint(2, 40))} | {-21.0, 21.5})
+        fmt = r.choice(
+            (
+                formats.Int(r.randint(2, 9), narrow=r.chance(0.5)),
+                formats.Int(r.randint(1, 32), signed=r.chance(0.5)),
+                formats.Fixed(r.randint(1, 8), r.randint(0, 12)),
+                formats.Even(r.randint(1, 8)),
+                formats.Float(r.randint(2, 6), r.randint(1, 10)),
+                r.choice((formats.E4M3, formats.E5M2, formats.E2M1, formats.FP16_169, formats.E4M3FNUZ)),
+                formats.Log(2.0, kmin, kmin + r.randint(1, 14), zero=r.chance(0.7), signed=r.chance(0.8)),
+                formats.Log(
+                    r.choice((2.0, 4.0, 2**0.5)), kmin, kmin + r.randint(1, 9), r.choice((1.0, 2.0)), r.chance(0.7)
+                ),
+                formats.Codebook(tuple(values)),
+            )
+        )
+        rounding = "stochastic" if r.chance(0.6) else r.choice(ROUNDINGS)
+        arguments = cast_arguments(fmt, rounding)
+        if arguments is not None:
+            return *arguments, rounding
+
+
+def result_of(r: Draw, kind: str, numbers: list[float]) -> str:
+    codes = kind == "int" and numbers[2] == 0 and -128 <= numbers[0] and numbers[1] <= 127
+    return r.choice(("values", "grid", "codes")) if codes else r.choice(("values", "grid"))
+
+
+@generator("lowbit::block_absmax")
+def _(r: Draw) -> tuple[Any, ...]:
+    return with_blocks(r)
+
+
+@generator("lowbit::block_minmax")
+def _(r: Draw) -> tuple[Any, ...]:
+    return with_blocks(r)
+
+
+@generator("lowbit::cast")
+def _(r: Draw) -> tuple[Any, ...]:
+    x, strides, count = with_blocks(r)
+    kind, numbers, table, rounding = grid(r)
+    scale = torch.rand(count, generator=r.torch) * 10.0 ** r.choice((0, 0, -2, 2, -39, 37)) + 1e-40
+    if r.chance(0.05) and count:
+        scale[r.randrange(count)] = r.choice(SPECIAL)
+    zero = torch.randint(-9, 10, (count,), generator=r.torch).float() if r.chance(0.2) else None
+    key = u = None
+    if rounding == "stochastic":
+        if r.chance(0.7):
+            key = r.key()
+        else:
+            u = r.laid_out(torch.rand(x.shape, generator=r.torch))
+    return x, scale, zero, key, u, strides, kind, numbers, table, rounding, result_of(r, kind, numbers)
+
+
+@generator("lowbit::cast_absmax")
+def _(r: Draw) -> tuple[Any, ...]:
+    x, strides, count = with_blocks(r)
+    kind, numbers, table, rounding = grid(r)
+    key = r.key() if rounding == "stochastic" else None
+    denominator = r.choice((127.0, 7.0, 448.0, 1.0, 0.3))
+    return x, key, strides, count, denominator, kind, numbers, table, rounding, result_of(r, kind, numbers)
+
+
+def packed(r: Draw, bits: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """x, weight, scale and group."""
+    rows, columns, depth = r.choice((0, 1, 1, 2, 3, 5)), r.size(20), r.randint(0, 300)
+    if r.chance(0.02):
+        rows, columns, depth = r.randint(1, 9), r.randint(60, 200), r.randint(500, 1500)
+    group = r.choice((0, 0, 32, 64, 96, 128, 256, 512))
+    x = r.floats(rows, depth)
+    weight = r.codes(columns, -(-depth // 32) * 4 * bits, low=0, high=255, dtype=torch.uint8)
+    scale = torch.rand(columns, -(-depth // group), generator=r.torch) if group else scales(r, columns)
+    if not group and len(scale) != columns:
+        scale = scale.expand(columns)
+    return x, weight, r.laid_out(scale), group
+
+
+@generator("lowbit::packed_mm")
+def _(r: Draw) -> tuple[Any, ...]:
+    bits = r.choice((1, 2, 4))
+    x, weight, scale, group = packed(r, bits)
+    return x, weight, scale, r.floats(1 << bits), group
+
+
+@generator("lowbit::packed_mm_int8")
+def _(r: Draw) -> tuple[Any, ...]:
+    bits = r.choice((1, 2, 4))
+    x, weight, scale, group = packed(r, bits)
+    return x, weight, scale, bits, r.randrange(1 << bits), group
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
     for x in value if isinstance(value, Sequence) else [value]:
         assert isinstance(x, Tensor)
@@ -222,6 +413,10 @@ def test_kernels_equal_their_definition(
     operator: str, threads: None, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert operator in GENERATORS, f"{operator} has a kernel and no generator of random cases in {__file__}"
+    active = [row.implementation for row in backends.backends() if row.operator == operator and row.active]
+    assert "PyTorch definition" not in active, (
+        f"the kernel of {operator} is not in the compiled library: build it again"
+    )
     count = -(-int(request.config.getoption("--fuzz")) // len(OPERATORS))
     definition = backends.definition(operator)
     kernel = getattr(torch.ops.lowbit, operator.partition("::")[2])

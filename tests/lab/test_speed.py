@@ -38,6 +38,17 @@ def test_cases_of_a_step(sections):
     assert sections["gpt"]["command"].startswith(("lowbit bench --rows gpt --threads", "ONEDNN_MAX_CPU_ISA"))
 
 
+def test_amx_is_used_on_both_sides_or_on_none(monkeypatch):
+    monkeypatch.setattr(table, "compiled_isas", lambda: ("avx512amx", "avx512vnni", "portable"))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    found = table.processor()
+    assert found["amx"] is False and found["kernels"] == "avx512vnni"
+    assert table.command("gpt", QUICK).startswith("ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 lowbit bench --rows gpt")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    if "amx_int8" in found["instructions"]:
+        assert table.processor()["kernels"] == "avx512amx"
+
+
 def test_the_faster_layout_stands_in_the_table(monkeypatch):
     seconds = {("a", "x"): [2.0, 2.0, 2.0], ("a", "y"): [1.0, 1.0, 4.0], ("b", "x"): [3.0, 4.0, 4.0]}
     monkeypatch.setattr(table, "times_in_turn", lambda *_: seconds)

@@ -218,5 +218,5 @@ def machine(section: dict[str, Any]) -> str:
     amx = "in use" if where["amx"] else "not in use"
     return (
         f"{where['cpu']}, {threads} thread{'s' if threads != 1 else ''}, AMX {amx}, "
-        f"kernels {(where['kernels'] or ['none'])[0]}, PyTorch {where['torch']}. `{section['command']}`"
+        f"kernels {where['kernels'] or 'none'}, PyTorch {where['torch']}. `{section['command']}`"
     )

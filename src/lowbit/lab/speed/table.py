@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -15,7 +16,7 @@ import torch
 from lowbit.lab.bench import ratio, times_in_turn
 from lowbit.lab.compare import size_of
 from lowbit.lab.runs import environment, read_json, write_json
-from lowbit.ops.backends import compiled_isas
+from lowbit.ops.backends import compiled_isas, using_isa
 from lowbit.serial import nearest
 
 __all__ = [
@@ -131,21 +132,24 @@ def measure(names: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
     for name in names:
         if name not in ROWS:
             raise ValueError(f"unknown row {name!r}; {nearest(name, ROWS)}")
-    found = {}
-    for name in names:
-        title, function = ROWS[name]
-        section: dict[str, Any] = {
-            "title": title,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-        }
-        section |= {"environment": environment() | processor(), "command": command(name, settings)}
-        torch.manual_seed(0)
-        try:
-            section["cases"] = function(settings)
-        except ImportError as error:  # an operator that this version has not
-            section |= {"cases": [], "note": f"not measured: {error}"}
-        found[name] = section
-    return found
+    where = processor()
+    with using_isa(where["kernels"]) if where["kernels"] else contextlib.nullcontext():
+        return {name: section(name, settings, where) for name in names}
+
+
+def section(name: str, settings: Settings, where: dict[str, Any]) -> dict[str, Any]:
+    title, function = ROWS[name]
+    made: dict[str, Any] = {
+        "title": title,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+        "environment": environment() | where,
+        "command": command(name, settings),
+    }
+    torch.manual_seed(0)
+    try:
+        return made | {"cases": function(settings)}
+    except ImportError as error:  # an operator that this version has not
+        return made | {"cases": [], "note": f"not measured: {error}"}
 
 
 def command(name: str, settings: Settings) -> str:
@@ -156,7 +160,8 @@ def command(name: str, settings: Settings) -> str:
 
 
 def processor() -> dict[str, Any]:
-    """Instructions of this processor that decide how fast int8 and bfloat16 are, and whether oneDNN may use AMX."""
+    """Instructions of this processor that decide how fast int8 and bfloat16 are, whether PyTorch's oneDNN may use AMX,
+    and our kernels: with AMX only where oneDNN has it too."""
     flags: set[str] = set()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -167,11 +172,13 @@ def processor() -> dict[str, Any]:
         pass
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     named = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if f in flags]
+    amx = "amx_int8" in flags and (limit is None or "AMX" in limit.upper() or limit.upper() in ("ALL", "DEFAULT"))
+    kernels = [isa for isa in compiled_isas() if amx or not isa.endswith("amx")]
     return {
         "instructions": named,
-        "amx": "amx_int8" in flags and (limit is None or "AMX" in limit.upper() or limit.upper() in ("ALL", "DEFAULT")),
+        "amx": amx,
         "ONEDNN_MAX_CPU_ISA": limit,
-        "kernels": list(compiled_isas()),
+        "kernels": kernels[0] if kernels else None,
     }
 
 
