@@ -119,11 +119,17 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             qkv = packed.grad.chunk(3)
         return (*qkv, self.out_proj.weight.grad)
 
-    def _project(self, name: str, x: Tensor, parts: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
+    def _project(
+        self,
+        name: str,
+        x: Tensor,
+        parts: dict[str, tuple[Tensor, Tensor | None]],
+        memo: dict[str, Any] | None = None,
+    ) -> Tensor:
         weight, bias = parts[name]
         if name not in self.projections:
             return F.linear(x, weight, bias)
-        return self.projections[name](LinearProduct(x.shape, weight.shape), x, weight, bias)
+        return self.projections[name](LinearProduct(x.shape, weight.shape), x, weight, bias, memo)
 
     def forward(
         self,
@@ -141,11 +147,17 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
+            one, two = query is key, key is value
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            key = query if one else key
+            value = key if two else value
         parts = self.parts()
         n, length, _ = query.shape
+        memo: dict[str, Any] | None = (
+            {} if query is key or key is value else None
+        )  # self-attention encodes its input once
         q, k, v = (
-            self._project(p, t, parts).reshape(n, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
+            self._project(p, t, parts, memo).reshape(n, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
             for p, t in zip(PROJECTIONS[:3], (query, key, value), strict=True)
         )
         mask = self._mask(attn_mask, key_padding_mask, n, q)
@@ -154,12 +166,15 @@ class QMultiheadAttention(Quantized, nn.MultiheadAttention):
         scores: Any = self.products["scores"] if "scores" in self.products else None
         context: Any = self.products["context"] if "context" in self.products else None
         dropout = self.dropout if self.training else 0.0
-        y, weights = attend(q, k, v, mask, dropout, 1 / math.sqrt(self.head_dim), scores, context)
+        if scores is None and context is None and not need_weights:
+            y, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        else:
+            y, weights = attend(q, k, v, mask, dropout, 1 / math.sqrt(self.head_dim), scores, context)
         y = self._project("out_proj", y.transpose(1, 2).reshape(n, length, self.embed_dim), parts)
         y = y if batched else y.squeeze(0)
         if batched and not self.batch_first:
             y = y.transpose(0, 1)
-        if not need_weights:
+        if not need_weights or weights is None:
             return y, None
         weights = weights.mean(1) if average_attn_weights else weights
         return y, weights if batched else weights.squeeze(0)

@@ -200,19 +200,12 @@ class IntegerProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, run: Run, *keys: Tensor | None) -> Tensor:
         by_slot = dict(zip(run.slots, keys, strict=True))
-        codes_w = run.weight_codes("out", w, by_slot)
-        codes_a = run.codes("out", "left", a, by_slot)
+        codes_a, kept = run.activation(a, by_slot)
         flat = None if bias is None else bias.reshape(-1)
-        y = integer_product(run.ops, "out", codes_a, codes_w, flat, run.dtype)
-        ctx.run, ctx.count, ctx.bias = run, len(keys), None if bias is None else bias.shape
-        kept: list[Tensor | None] = [None, None]
-        if (
-            run.plan.get("grad_w") == "codes"
-        ):  # the codes of `a` that grad_w multiplies are made now: a itself is not kept
-            same = run.overrides["grad_w", "right"] is None
-            kept = list(codes_a if same else run.codes("grad_w", "right", a, by_slot))
+        y = integer_product(run.ops, "out", codes_a, run.weight_codes("out", w, by_slot), flat, run.dtype)
+        ctx.run, ctx.count, ctx.bias, ctx.dtype = run, len(keys), None if bias is None else bias.shape, a.dtype
         raw = a if run.plan.get("grad_w", "codes") != "codes" else None
-        ctx.save_for_backward(w if "grad_a" in run.plan else None, raw, *kept, *keys)
+        ctx.save_for_backward(w if "grad_a" in run.plan else None, raw, *(kept or (None, None)), *keys)
         return y
 
     @staticmethod
@@ -227,28 +220,26 @@ class IntegerProduct(torch.autograd.Function):
         by_slot = dict(zip(run.slots, keys, strict=True))
         grad_a = grad_w = grad_bias = None
         with torch.autocast(grads[0].device.type, enabled=False):
-            e = grads[0].float()
-            shared: Codes | None = None
-
-            def error(which: str) -> Codes:
-                nonlocal shared
-                if run.overrides[which, "left"] is not None:
-                    return run.codes(which, "left", e, by_slot)
-                shared = shared or run.codes(which, "left", e, by_slot)
-                return shared
-
-            if ctx.needs_input_grad[0]:
-                if run.plan["grad_a"] == "codes":
-                    grad_a = integer_product(run.ops, "grad_a", error("grad_a"), run.weight_codes("grad_a", w, by_slot))
-                else:
-                    left, right = run.real("grad_a", "left", e, by_slot), run.real("grad_a", "right", w, by_slot)
-                    grad_a = run.ops.grad_a(left, right)
-            if ctx.needs_input_grad[1]:
-                if run.plan["grad_w"] == "codes":
-                    grad_w = integer_product(run.ops, "grad_w", error("grad_w"), (codes, scale))
-                else:
-                    left, right = run.real("grad_w", "left", e, by_slot), run.real("grad_w", "right", a, by_slot)
-                    grad_w = run.ops.grad_w(left, right)
+            e = grads[0]
+            wanted = [w for w, needed in (("grad_a", 0), ("grad_w", 1)) if ctx.needs_input_grad[needed]]
+            on_codes = [which for which in wanted if run.plan[which] == "codes"]
+            error: dict[str, Codes] = {}
+            if len(on_codes) == 2:
+                pair = run.both_codes(("grad_a", "left"), ("grad_w", "left"), e, by_slot)
+                error = dict(zip(on_codes, pair, strict=True))
+            elif on_codes:
+                error = {which: run.codes(which, "left", e, by_slot) for which in on_codes}
+            if "grad_a" in error:
+                right = run.weight_codes("grad_a", w, by_slot)
+                grad_a = integer_product(run.ops, "grad_a", error["grad_a"], right, None, ctx.dtype)
+            elif "grad_a" in wanted:
+                real = run.real("grad_a", "left", e.float(), by_slot), run.real("grad_a", "right", w, by_slot)
+                grad_a = run.ops.grad_a(*real).to(ctx.dtype)
+            if "grad_w" in error:
+                grad_w = integer_product(run.ops, "grad_w", error["grad_w"], (codes, scale))
+            elif "grad_w" in wanted:
+                real = run.real("grad_w", "left", e.float(), by_slot), run.real("grad_w", "right", a.float(), by_slot)
+                grad_w = run.ops.grad_w(*real)
             if ctx.bias is not None and ctx.needs_input_grad[2]:
-                grad_bias = e.sum_to_size(ctx.bias)
+                grad_bias = e.float().sum_to_size(ctx.bias)
         return grad_a, grad_w, grad_bias, None, *(None,) * ctx.count

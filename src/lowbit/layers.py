@@ -27,8 +27,9 @@ from .accumulate import Operand, multiply
 from .backward import Coded, as_output
 from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
-from .quantizer import QSpec, QTensor, Quantizer
+from .quantizer import QSpec, QTensor, Quantizer, integers_twice
 from .recipe import Int32, Keep, Products, Roles, Stage
+from .scales import AbsMax
 
 __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
 
@@ -172,18 +173,26 @@ class LayerQuant(nn.Module):
             return self.slots[slot]  # type: ignore[return-value]
         return Keep() if isinstance(getattr(getattr(self.products, which), side), Keep) else None
 
-    def forward(self, ops: ProductOps, a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's output; `bias` must broadcast against it."""
+    def forward(
+        self,
+        ops: ProductOps,
+        a: Tensor,
+        w: Tensor,
+        bias: Tensor | None = None,
+        memo: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """The layer's output; `bias` must broadcast against it. Layers that are called one after the other with the
+        same `a` may share a dictionary: it is then encoded once."""
         out_dtype = a.dtype
         if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:  # which autocast leaves alone
             out_dtype = torch.get_autocast_dtype(a.device.type)
         with torch.autocast(a.device.type, enabled=False):
             double = torch.float64 in (a.dtype, w.dtype)
             stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
-            a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
             error, at = self.role("E"), self.products.error_at
             result = self.role("result")
-            integer = self._integer(ops, a, w, stored, bias, out_dtype if result is None else a.dtype)
+            integer = self._integer(ops, a, w, bias, out_dtype if result is None else a.dtype, memo)
+            a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
             if integer is not None:
                 y = integer
             else:
@@ -197,12 +206,19 @@ class LayerQuant(nn.Module):
         return y.to(out_dtype)
 
     def _integer(
-        self, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor, bias: Tensor | None, dtype: torch.dtype
+        self,
+        ops: ProductOps,
+        a: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        memo: dict[str, Any] | None,
     ) -> Tensor | None:
         """The layer's output by integer products; None where it needs real values on a grid."""
-        kept = {torch.float32, torch.bfloat16}
-        if a.dtype != torch.float32 or dtype not in kept or not a.numel() or not w.numel() or self.kind == "attention":
+        stored, kept = w, (torch.float32, torch.bfloat16)
+        if self.kind == "attention" or not a.numel() or not w.numel() or a.dtype not in kept or dtype not in kept:
             return None
+        w = w.float()
         needed = ["out"]
         if self.training:  # the same in both runs of an activation checkpoint, of which one has no gradients
             needed += ["grad_a", "grad_w"]
@@ -217,7 +233,7 @@ class LayerQuant(nn.Module):
         quant_a, quant_w = self.role("A"), self.coding("W")
         run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": self.role("E")}, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
-        run.plan, run.dtype = products, dtype
+        run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, torch.is_grad_enabled()
         run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
         return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
 
@@ -274,20 +290,58 @@ class Run:
     """Random keys of the roles A and W in it."""
     codes_w: Codes | None
     """The weight's codes, where it was loaded from codes."""
+    recording: bool
+    """Whether autograd records the call."""
+    memo: dict[str, Any] | None
+    """What layers that are called with the same activation share."""
 
     def keys(self, stored: Tensor, a: Tensor) -> list[Tensor | None]:
         """One key a slot."""
         return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.draws]
 
-    def codes(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
-        """int8 codes of one operand, of its override or its role."""
+    def operand_quantizer(
+        self, which: str, side: str, keys: dict[Any, Tensor | None]
+    ) -> tuple[Quantizer, Tensor | None, bool]:
+        """What encodes one operand of an integer product, with its key, and whether that is the role's quantizer."""
         override = self.overrides[which, side]
         if isinstance(override, Quantizer):
-            return override.integers(x, keys[which, side])
+            return override, keys[which, side], False
         role = OPERANDS[which][side == "right"]
         q = self.roles[role]
         assert q is not None
-        return q.integers(x, keys["E"] if role == "E" else self.role_keys[role])
+        return q, keys["E"] if role == "E" else self.role_keys[role], True
+
+    def codes(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
+        """int8 codes of one operand, of its override or its role."""
+        q, key, _ = self.operand_quantizer(which, side, keys)
+        return q.integers(x, key)
+
+    def both_codes(
+        self, one: tuple[str, str], other: tuple[str, str], x: Tensor, keys: dict[Any, Tensor | None]
+    ) -> tuple[Codes, Codes]:
+        """int8 codes of a tensor that enters two products."""
+        (q1, key1, role1), (q2, key2, role2) = (self.operand_quantizer(*o, keys) for o in (one, other))
+        if role1 and role2:
+            codes = q1.integers(x, key1)
+            return codes, codes
+        return integers_twice(x, q1, key1, q2, key2)
+
+    def activation(self, a: Tensor, keys: dict[Any, Tensor | None]) -> tuple[Codes, Codes | None]:
+        """The codes of `a` for `out`, and those for `grad_w`, which are made now so that `a` itself is not kept."""
+        left, right = ("out", "left"), ("grad_w", "right")
+        later = self.recording and self.plan.get("grad_w") == "codes"
+        if self.memo is None:
+            return self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+        sides = (left, right) if later else (left,)
+        used = [self.operand_quantizer(*side, keys) for side in sides]
+        if any(key is not None or not isinstance(q.spec.scale, AbsMax) for q, key, _ in used):
+            return self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+        known = a, [(q.spec, q.layout) for q, _, _ in used]
+        if "codes" not in self.memo or self.memo["known"][1] != known[1] or self.memo["known"][0] is not a:
+            self.memo["known"] = known
+            self.memo["codes"] = self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+        found: tuple[Codes, Codes | None] = self.memo["codes"]
+        return found
 
     def real(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Tensor:
         """Real values of one operand, on the grid of its override or its role, or as they are."""

@@ -34,7 +34,7 @@ from .rounding import ROUNDINGS, Rounding
 from .scales import AbsMax, Average, History, Learned, MinMax, PowerOfTwo, Scale, Static
 from .serial import nearest, spec
 
-__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "rank"]
+__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "integers_twice", "rank"]
 
 CURRENT = -1
 """In place of a weight's version: the present draw belongs to the weight as it is."""
@@ -80,6 +80,21 @@ SIGNED, UNSIGNED = 1, 2
 def rank() -> int:
     """This process's rank, 0 outside distributed training."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def integers_twice(
+    x: Tensor, first: Quantizer, key1: Tensor | None, second: Quantizer, key2: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it."""
+    x = x.detach()
+    a, b = first._cast(x, key1), second._cast(x, key2)
+    if True or not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
+        return first.integers(x, key1), second.integers(x, key2)
+    denominator, arguments = a[3:5]
+    codes1, scale1, codes2, scale2 = torch.ops.lowbit.cast_absmax_pair(
+        x, key1, key2, a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5]
+    )
+    return (codes1, scale1), (codes2, scale2)
 
 
 def _spread(value: Tensor, view: Tensor, strides: list[int]) -> Tensor:
@@ -220,7 +235,9 @@ class Quantizer(nn.Module):
         self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
         self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
         self.calibrating = False
-        self._casts: dict[tuple[torch.Size, Rounding], tuple[Any, ...]] = {}  # what `integers` asks for, by shape
+        self._casts: dict[
+            tuple[torch.Size, torch.dtype, Rounding], tuple[Any, ...]
+        ] = {}  # what `integers` asks for, by shape
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
         self._drawn: int | None = None  # version of the weight that the current draw belongs to
         self._source: weakref.ref[Tensor] | None = None  # that weight
@@ -297,32 +314,42 @@ class Quantizer(nn.Module):
     def integers(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """int8 codes in the shape of `x`, without a gradient, and the scales `(blocks,)`; `why_no_codes` is empty and
         `x` is not."""
-        x = self._enter(x, None).detach()
-        how, mode = self.spec.scale, self.mode(key is not None)
-        if isinstance(how, AbsMax) and type(self) is Quantizer and self.spec.unsigned is None:
-            known = self._casts.get((x.shape, mode))
-            if known is None:
-                known = self._cast_of(x, mode)
-                if not torch.compiler.is_compiling():
-                    if len(self._casts) > 64:  # lengths vary from batch to batch
-                        self._casts.clear()
-                    self._casts[x.shape, mode] = known
-            if len(known):
-                view, strides, count, arguments = known
-                codes, scale = torch.ops.lowbit.cast_absmax(
-                    x.view(view) if len(view) != x.dim() else x, key, strides, count, how.denominator, *arguments
-                )
-                return codes.reshape(x.shape), scale
-        coded, _ = self._run(x, key, None)
+        x = x.detach()
+        if cast := self._cast(x, key):
+            view, strides, count, denominator, arguments, mode = cast
+            codes, scale = torch.ops.lowbit.cast_absmax(
+                x if len(view) == x.dim() else x.reshape(view),
+                key,
+                strides,
+                count,
+                denominator,
+                *arguments,
+                mode,
+                "codes",
+            )
+            return codes.reshape(x.shape), scale
+        coded, _ = self._run(self._enter(x, None), key, None)
         return self.spec.blocks.unview(coded.grid.to(torch.int8), x.shape, self.layout), coded.scale.flatten()
 
-    def _cast_of(self, x: Tensor, mode: Rounding) -> tuple[Any, ...]:
-        """Shape of the view, block strides, number of blocks and the format's arguments; empty without a fused cast."""
-        b = Blocked(x, self.spec.blocks, self.layout)
-        arguments = cast_arguments(self.spec.format, mode)
-        if b.strides is None or arguments is None or x.dtype != torch.float32:
+    def _cast(self, x: Tensor, key: Tensor | None) -> tuple[Any, ...]:
+        """What one fused cast of `x` with the scale of the moment needs: shape of the view, block strides, number of
+        blocks, denominator, the format's arguments and the rounding. Empty where there is none."""
+        how = self.spec.scale
+        if not isinstance(how, AbsMax) or type(self) is not Quantizer or self.spec.unsigned is not None:
             return ()
-        return b.view.shape, b.strides, b.count, (*arguments, mode, "codes")
+        mode = self.mode(key is not None)
+        known = self._casts.get((x.shape, x.dtype, mode))
+        if known is None:
+            b = Blocked(x, self.spec.blocks, self.layout)
+            arguments = cast_arguments(self.spec.format, mode)
+            known = ()
+            if b.strides is not None and arguments is not None and x.dtype == torch.float32:
+                known = b.view.shape, b.strides, b.count, how.denominator, arguments, mode
+            if not torch.compiler.is_compiling():
+                if len(self._casts) > 64:  # lengths vary from batch to batch
+                    self._casts.clear()
+                self._casts[x.shape, x.dtype, mode] = known
+        return known
 
     def gain(self, x: Tensor) -> float:
         """Factor on the gradient of the learned parameter; `x` is the tensor as it entered."""
