@@ -9,6 +9,7 @@
 
 #include "cast.h"
 #include "chunked_mm.h"
+#include "fingerprint.h"
 #include "hadamard.h"
 #include "int8.h"
 #include "lowmm.h"
@@ -22,6 +23,7 @@ struct Kernels {
   int64_t lanes;  // float32 numbers in a vector
   UniformKernels uniform;
   ChunkedKernels chunked;
+  FingerprintKernels fingerprint;
   HadamardKernels hadamard;
   LowmmKernels lowmm;
   PackingKernels packing;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunked_mm.inc.h"
+#include "fingerprint.inc.h"
 #include "hadamard.inc.h"
 #include "int8.inc.h"
 #include "lowmm.inc.h"
@@ -13,7 +14,7 @@ namespace lowbit {
 namespace {
 
 constexpr Kernels make_table(const char* name) {
-  return {name, Vec::lanes, uniform_kernels, chunked_kernels, hadamard_kernels,
+  return {name, Vec::lanes, uniform_kernels, chunked_kernels, fingerprint_kernels, hadamard_kernels,
           lowmm_kernels, packing_kernels, cast_kernels, int8_kernels};
 }
 

@@ -147,3 +147,27 @@ def test_bfloat16_results_are_the_float32_ones_rounded() -> None:
         half = model(x)
     with torch.no_grad():
         assert half.dtype == torch.bfloat16 and torch.equal(half, model(x).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["int8", "twn"])
+def test_a_weight_is_quantized_once_until_it_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lowbit.apply(nn.Sequential(nn.Linear(16, 8)), lowbit.create(name))
+    quant, made = layers_of(model)["0"].slots["W"], []
+    for method in ("integers", "_run"):
+        original = getattr(quant, method)
+        monkeypatch.setattr(quant, method, lambda *a, o=original, **k: made.append(1) or o(*a, **k))
+    x = torch.randn(4, 16)
+    for _ in range(3):  # gradients accumulate
+        model(x).sum().backward()
+    assert len(made) == 1
+    first = model(x)
+    model[0].weight.data[0, 0] += 1  # a version counter does not see this
+    assert not torch.equal(model(x), first) and len(made) == 2
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model(x)
+    assert len(made) == 3
+    model.eval()
+    outputs = [model(x) for _ in range(3)]
+    assert len(made) <= 4 and torch.equal(outputs[0], outputs[2])
+    assert not layers_of(copy.deepcopy(model))["0"].slots["W"]._made

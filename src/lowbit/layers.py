@@ -356,7 +356,10 @@ class Run:
 
     def weight_codes(self, which: str, w: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
         """int8 codes of the weight as the right operand of a product."""
-        return self.codes_w if self.codes_w is not None else self.codes(which, "right", w, keys)
+        if self.codes_w is not None:
+            return self.codes_w
+        q, key, _ = self.operand_quantizer(which, "right", keys)
+        return q.weight_integers(w, key)
 
     def raw_needed(self, which: str, side: str) -> bool:
         return self.overrides[which, side] is not None

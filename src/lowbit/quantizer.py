@@ -18,7 +18,7 @@ import dataclasses
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from .backward import Backward, Coded, PassThrough
 from .blocks import Blocked, Blocks, Layout, PerTensor
 from .formats import Even, Fixed, Float, Format, Int
 from .ops.cast import cast, cast_arguments
+from .ops.fingerprint import fingerprint
 from .packing import PACKABLE, pack, unpack
 from .rng import Stream, recall, remember, stream_id
 from .rounding import ROUNDINGS, Rounding
@@ -36,6 +37,7 @@ from .serial import nearest, spec
 
 __all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "integers_twice", "rank"]
 
+T = TypeVar("T")
 CURRENT = -1
 """In place of a weight's version: the present draw belongs to the weight as it is."""
 
@@ -238,6 +240,7 @@ class Quantizer(nn.Module):
         self._casts: dict[
             tuple[torch.Size, torch.dtype, Rounding], tuple[Any, ...]
         ] = {}  # what `integers` asks for, by shape
+        self._made: dict[str, tuple[Any, Any]] = {}  # what was made of a weight, and of which bits
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
         self._drawn: int | None = None  # version of the weight that the current draw belongs to
         self._source: weakref.ref[Tensor] | None = None  # that weight
@@ -330,6 +333,26 @@ class Quantizer(nn.Module):
             return codes.reshape(x.shape), scale
         coded, _ = self._run(self._enter(x, None), key, None)
         return self.spec.blocks.unview(coded.grid.to(torch.int8), x.shape, self.layout), coded.scale.flatten()
+
+    def weight_integers(self, w: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`integers` of a weight, kept until it changes."""
+        return self._kept("integers", w, key, lambda: self.integers(w, key))
+
+    def _kept(self, what: str, w: Tensor, key: Tensor | None, make: Callable[[], T]) -> T:
+        """What `make` gives for a weight with these bits and this draw, made once: a weight does not change between the
+        micro-batches of a step, nor in evaluation."""
+        flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
+        steady = not isinstance(self.spec.scale, (Learned, Average, History)) and self.watch is None
+        if not (
+            self.weight and steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"
+        ):
+            return make()
+        if torch.compiler.is_compiling():
+            return make()
+        mark = fingerprint(flat.detach()), w.shape, w.stride(), self.training, None if key is None else key.tolist()
+        if what not in self._made or self._made[what][0] != mark:
+            self._made[what] = mark, make()
+        return self._made[what][1]  # type: ignore[no-any-return]
 
     def _cast(self, x: Tensor, key: Tensor | None) -> tuple[Any, ...]:
         """What one fused cast of `x` with the scale of the moment needs: shape of the view, block strides, number of
@@ -464,7 +487,12 @@ class Quantizer(nn.Module):
         # the weight of a copy counts its changes from 0: what carries over is whether the present draw still holds
         source = None if self._source is None else self._source()
         holds = self._drawn == CURRENT or (source is not None and source._version == self._drawn)
-        return self.__dict__ | {"_drawn": CURRENT if holds else None, "_source": None, "_calls": OrderedDict()}
+        return self.__dict__ | {
+            "_drawn": CURRENT if holds else None,
+            "_source": None,
+            "_calls": OrderedDict(),
+            "_made": {},
+        }
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Real values on the grid, differentiable by the gradient rule; shape and dtype of `x`.
@@ -491,7 +519,10 @@ class Quantizer(nn.Module):
         y = self.prepare(y)
         blocks, layout, rule = self.spec.blocks, self.layout, self.spec.backward
         with torch.no_grad():
-            coded, q = self._run(y.detach(), key, u)
+            if u is None:
+                coded, q = self._kept("values", y, key, lambda: self._run(y.detach(), key, None))
+            else:
+                coded, q = self._run(y.detach(), key, u)
         learned = self.learned if isinstance(self.spec.scale, Learned) else None
         if not rule.by_block:
             q = rule.connect(y, q, coded, learned, self.gain(x))
