@@ -38,13 +38,15 @@ struct CastUniforms {
 struct CastTile {
   int64_t rows, columns;
   const float* x;
+  const uint16_t* x16;  // null, or bfloat16 in the place of x, with `inverse` only
   int64_t x_row;
   const float* u;  // uniforms, for stochastic rounding
   int64_t u_row;
   const CastUniforms* draw;  // null, or what `u` is filled with on the way: the rows follow each other
   const float* scale;
   const float* zero;               // or null
-  int64_t scale_row;               // of `scale` and `zero`
+  const float* inverse;            // null, or 1 / scale: see `codes_tile`
+  int64_t scale_row;               // of `scale`, `zero` and `inverse`
   bool scale_column;               // one value for each column, otherwise for each row
   void* out;                       // float, or int8_t for codes
   int64_t out_row;
@@ -53,6 +55,7 @@ struct CastTile {
 struct BlockTile {
   int64_t rows, columns;
   const float* x;
+  const uint16_t* x16;  // null, or bfloat16 in the place of x, of absmax only
   int64_t x_row;
   float* low;          // of minmax
   float* high;         // of absmax and minmax

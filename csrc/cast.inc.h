@@ -19,11 +19,21 @@ struct Lanes {
   static Mask first(int64_t n) { return Mask((1u << n) - 1); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const float* p, Mask k) { return _mm512_maskz_loadu_ps(k, p); }
+  static F load(const uint16_t* p) { return widened(_mm256_loadu_si256((const __m256i*)p)); }
+  static F load(const uint16_t* p, Mask k) { return widened(_mm256_maskz_loadu_epi16(k, p)); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, F v, Mask k) { _mm512_mask_storeu_ps(p, k, v); }
   // integers in [-128, 127], NaN is 0
   static void store(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, bytes(v)); }
   static void store(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, bytes(v)); }
+  // numbers in [-128, 127.5), no NaN, to the nearest integers, ties to even
+  static void store_nearest(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, nearest(v)); }
+  static void store_nearest(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, nearest(v)); }
+  static F quotient(F x, F scale, F inverse) {  // x / scale: see `codes_tile`
+    F q = _mm512_mul_ps(x, inverse);
+    q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);
+  }
   static F set(float x) { return _mm512_set1_ps(x); }
   static I set(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
@@ -66,6 +76,8 @@ struct Lanes {
   };
 
  private:
+  static F widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static __m128i nearest(F v) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)); }
   static __m128i bytes(F v) {
     return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
   }
@@ -92,10 +104,15 @@ struct Lanes {
   static Mask first(int64_t) { return true; }
   static F load(const float* p) { return *p; }
   static F load(const float* p, Mask) { return *p; }
+  static F load(const uint16_t* p) { return real(I(uint32_t(*p) << 16)); }
+  static F load(const uint16_t* p, Mask) { return load(p); }
   static void store(float* p, F v) { *p = v; }
   static void store(float* p, F v, Mask) { *p = v; }
   static void store(int8_t* p, F v) { *p = v == v ? int8_t(v) : int8_t(0); }
   static void store(int8_t* p, F v, Mask) { store(p, v); }
+  static void store_nearest(int8_t* p, F v) { *p = int8_t(half_even(v)); }
+  static void store_nearest(int8_t* p, F v, Mask) { store_nearest(p, v); }
+  static F quotient(F x, F scale, F) { return x / scale; }
   static F set(float x) { return x; }
   static I set(int32_t x) { return x; }
   static F floor(F x) { return __builtin_floorf(x); }
@@ -515,7 +532,75 @@ void cast_table(const CastFormat& format, const CastTile& tile) {
   return cast_with<RoundTable<256, stochastic>>(format, tile);
 }
 
+// int8 codes where `scale` and x / scale are far from the ends of the range of float32. There x / scale needs no
+// division: with y the inverse of b to the nearest, and q within one ulp of a / b, fma(fma(-q, b, a), y, q) is a / b to
+// the nearest (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). a y is
+// within two ulp, and a first such step brings it within one.
+template <class X, bool stochastic, bool scale_column, bool drawing>
+void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
+  using L = Lanes;
+  const LaneF low = L::set(format.low), high = L::set(format.high);
+  CastTile tile = given;
+  if (!scale_column && tile.scale_row == 0 && tile.x_row == tile.columns && tile.out_row == tile.columns &&
+      (!stochastic || tile.u_row == tile.columns))
+    tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
+  int8_t* out = static_cast<int8_t*>(tile.out);
+  const auto encode = [&](int64_t r, int64_t c, LaneF scale, LaneF inverse, auto... part) {
+    const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
+    int8_t* to = out + r * tile.out_row + c;
+    if constexpr (stochastic)
+      L::store(to, round_whole<CastRounding::stochastic>(t, L::load(tile.u + r * tile.u_row + c, part...)), part...);
+    else
+      L::store_nearest(to, t, part...);
+  };
+  const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
+  const auto last = L::first(rest);
+  if constexpr (scale_column && !drawing && L::count > 1) {
+    // the rows of a vector of columns one after another: its scales stay in registers
+    if (tile.scale_row == 0) {
+      for (int64_t c = 0; c < whole; c += L::count) {
+        const LaneF scale = L::load(tile.scale + c), inverse = L::load(tile.inverse + c);
+        for (int64_t r = 0; r < tile.rows; ++r) encode(r, c, scale, inverse);
+      }
+      if (rest) {
+        const LaneF scale = L::load(tile.scale + whole, last), inverse = L::load(tile.inverse + whole, last);
+        for (int64_t r = 0; r < tile.rows; ++r) encode(r, whole, scale, inverse, last);
+      }
+      return;
+    }
+  }
+  typename ChooseDraw<drawing>::type draw(tile.draw);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float *scales = tile.scale + r * tile.scale_row, *inverses = tile.inverse + r * tile.scale_row;
+    LaneF scale = L::set(*scales), inverse = L::set(*inverses);
+    for (int64_t c = 0; c < whole; c += L::count) {
+      draw.until(tile.u + r * tile.u_row + c + L::count);
+      if constexpr (scale_column) scale = L::load(scales + c), inverse = L::load(inverses + c);
+      encode(r, c, scale, inverse);
+    }
+    if (rest) {
+      draw.until(tile.u + r * tile.u_row + tile.columns);
+      if constexpr (scale_column) scale = L::load(scales + whole, last), inverse = L::load(inverses + whole, last);
+      encode(r, whole, scale, inverse, last);
+    }
+  }
+}
+
+template <class X, bool stochastic, bool drawing>
+void codes_scale(const CastFormat& format, const CastTile& tile, const X* x) {
+  tile.scale_column ? codes_tile<X, stochastic, true, drawing>(format, tile, x)
+                    : codes_tile<X, stochastic, false, drawing>(format, tile, x);
+}
+
+template <class X>
+void codes(const CastFormat& format, const CastTile& tile, const X* x) {
+  if (format.rounding != CastRounding::stochastic) return codes_scale<X, false, false>(format, tile, x);
+  tile.draw == nullptr ? codes_scale<X, true, false>(format, tile, x) : codes_scale<X, true, true>(format, tile, x);
+}
+
 void cast(const CastFormat& format, const CastTile& tile) {
+  if (tile.inverse != nullptr)
+    return tile.x16 == nullptr ? codes(format, tile, tile.x) : codes(format, tile, tile.x16);
   const bool stochastic = format.rounding == CastRounding::stochastic;
   switch (format.kind) {
     case CastKind::integer: return cast_rounding<RoundInteger>(format, tile);
@@ -533,15 +618,41 @@ void cast(const CastFormat& format, const CastTile& tile) {
 // |x| as an integer: NaN is larger than infinity
 inline LaneI magnitude(LaneF x) { return Lanes::bit_and(Lanes::bits(x), Lanes::set(INT32_MAX)); }
 
-void absmax(const BlockTile& tile) {
+template <class X>
+void absmax_tile(const BlockTile& given, const X* first) {
   using L = Lanes;
+  BlockTile tile = given;
+  if (!tile.block_column && tile.block_row == 0 && tile.x_row == tile.columns)
+    tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
   const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
   const auto part = L::first(rest);
+  const auto merge = [](LaneF a, LaneF b) { return L::real(L::larger(magnitude(a), L::bits(b))); };
+  if (L::count > 1 && tile.block_column && tile.block_row == 0) {
+    // the rows of a vector of columns one after another: the maxima stay in registers
+    int64_t c = 0;
+    for (; c + 4 * L::count <= whole; c += 4 * L::count) {
+      LaneF most[4];
+      for (int i = 0; i < 4; ++i) most[i] = L::load(tile.high + c + i * L::count);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        for (int i = 0; i < 4; ++i) most[i] = merge(L::load(first + r * tile.x_row + c + i * L::count), most[i]);
+      for (int i = 0; i < 4; ++i) L::store(tile.high + c + i * L::count, most[i]);
+    }
+    for (; c < whole; c += L::count) {
+      LaneF most = L::load(tile.high + c);
+      for (int64_t r = 0; r < tile.rows; ++r) most = merge(L::load(first + r * tile.x_row + c), most);
+      L::store(tile.high + c, most);
+    }
+    if (rest) {
+      LaneF most = L::load(tile.high + whole, part);
+      for (int64_t r = 0; r < tile.rows; ++r) most = merge(L::load(first + r * tile.x_row + whole, part), most);
+      L::store(tile.high + whole, most, part);
+    }
+    return;
+  }
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const float* x = tile.x + r * tile.x_row;
+    const X* x = first + r * tile.x_row;
     float* high = tile.high + r * tile.block_row;
     if (tile.block_column) {
-      const auto merge = [](LaneF a, LaneF b) { return L::real(L::larger(magnitude(a), L::bits(b))); };
       for (int64_t c = 0; c < whole; c += L::count) L::store(high + c, merge(L::load(x + c), L::load(high + c)));
       if (rest) L::store(high + whole, merge(L::load(x + whole, part), L::load(high + whole, part)), part);
     } else {
@@ -552,6 +663,10 @@ void absmax(const BlockTile& tile) {
       memcpy(high, &bits, sizeof bits);
     }
   }
+}
+
+void absmax(const BlockTile& tile) {
+  tile.x16 == nullptr ? absmax_tile(tile, tile.x) : absmax_tile(tile, tile.x16);
 }
 
 void minmax(const BlockTile& tile) {

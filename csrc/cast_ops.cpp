@@ -1,4 +1,5 @@
-// lowbit::cast, lowbit::cast_absmax, lowbit::block_absmax and lowbit::block_minmax as PyTorch operators.
+// lowbit::cast, lowbit::cast_absmax, lowbit::cast_absmax_pair, lowbit::block_absmax and lowbit::block_minmax as PyTorch
+// operators.
 //
 // A tensor of any strides becomes a sequence of tiles: matrices of about CastKernels::tile elements whose columns lie
 // side by side in memory. What does not is copied into a buffer first.
@@ -156,6 +157,7 @@ CastFormat cast_format(const std::string& kind, const std::vector<double>& numbe
 // One axis: its size, and in each of the tensors the distance of neighbours. `index` counts elements row-major.
 struct Axis {
   int64_t size = 1, x = 0, out = 0, block = 0, u = 0, index = 0;
+  int64_t other = 0;  // of a second partition into blocks
 };
 
 struct Part {
@@ -220,20 +222,21 @@ bool dense(const Tensor& x) {
 
 // `u` and `keyed` say whose strides count. In the order of memory if `by_memory`, otherwise row-major.
 Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const std::vector<int64_t>& block_strides,
-              const Tensor* u, bool keyed, bool by_memory) {
+              const Tensor* u, bool keyed, bool by_memory, const std::vector<int64_t>* other_strides = nullptr) {
   std::vector<Axis> axes;
   int64_t index = 1;
   for (int64_t d = x.dim(); d-- > 0; index *= x.size(d))
     if (x.size(d) != 1)
       axes.insert(axes.begin(), {x.size(d), x.stride(d), out_strides[size_t(d)], block_strides[size_t(d)],
-                                 u == nullptr ? 0 : u->stride(d), keyed ? index : 0});
+                                 u == nullptr ? 0 : u->stride(d), keyed ? index : 0,
+                                 other_strides == nullptr ? 0 : (*other_strides)[size_t(d)]});
   if (by_memory)
     std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.x > b.x; });
   std::vector<Axis> merged;
   for (const Axis& b : axes) {
     const bool joins = !merged.empty() && [&a = merged.back(), &b] {
       return a.x == b.x * b.size && a.out == b.out * b.size && a.block == b.block * b.size && a.u == b.u * b.size &&
-             a.index == b.index * b.size;
+             a.index == b.index * b.size && a.other == b.other * b.size;
     }();
     if (joins) {
       const int64_t size = merged.back().size;
@@ -270,18 +273,49 @@ Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const st
   return t;
 }
 
-// The numbers of a tile with neighbouring columns: in place where they are, otherwise copied into the buffer.
-const float* gathered(const float* p, const Part& part, int64_t column, int64_t* row, std::vector<float>& buffer) {
-  if (column == 1 || part.columns == 1) return p;
+float widened(float x) { return x; }
+float widened(uint16_t x) { return bits_as_float(int32_t(uint32_t(x) << 16)); }
+
+// The numbers of a tile as float32 in the buffer, with neighbouring columns.
+template <class X>
+const float* copied(const X* p, const Part& part, int64_t column, int64_t* row, std::vector<float>& buffer) {
   buffer.resize(size_t(part.rows * part.columns));
   for (int64_t r = 0; r < part.rows; ++r)
-    for (int64_t c = 0; c < part.columns; ++c) buffer[size_t(r * part.columns + c)] = p[r * *row + c * column];
+    for (int64_t c = 0; c < part.columns; ++c) buffer[size_t(r * part.columns + c)] = widened(p[r * *row + c * column]);
   *row = part.columns;
   return buffer.data();
 }
 
-void check_blocks(const char* name, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, " needs float32");
+// The numbers of a tile with neighbouring columns: in place where they are, otherwise copied into the buffer.
+const float* gathered(const float* p, const Part& part, int64_t column, int64_t* row, std::vector<float>& buffer) {
+  return column == 1 || part.columns == 1 ? p : copied(p, part, column, row, buffer);
+}
+
+// The numbers of a tensor: float32, or bfloat16 in `x16`.
+struct Numbers {
+  const float* x;
+  const uint16_t* x16;
+
+  explicit Numbers(const Tensor& t)
+      : x(t.scalar_type() == ScalarType::Float ? t.const_data_ptr<float>() : nullptr),
+        x16(x == nullptr ? static_cast<const uint16_t*>(t.const_data_ptr()) : nullptr) {}
+  // for a kernel that takes bfloat16, or (`widen`) one that does not
+  template <class Tile>
+  void place(Tile& tile, const Part& part, const Tiling& tiles, bool widen, std::vector<float>& buffer) const {
+    tile.rows = part.rows, tile.columns = part.columns;
+    tile.x_row = tiles.rows.x;
+    tile.x16 = nullptr;
+    const bool neighbours = tiles.columns.x == 1 || part.columns == 1;
+    if (x16 == nullptr) tile.x = gathered(x + part.at.x, part, tiles.columns.x, &tile.x_row, buffer);
+    else if (neighbours && !widen) tile.x16 = x16 + part.at.x;
+    else tile.x = copied(x16 + part.at.x, part, tiles.columns.x, &tile.x_row, buffer);
+  }
+};
+
+void check_blocks(const char* name, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks,
+                  bool bfloat16 = false) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || (bfloat16 && x.scalar_type() == ScalarType::BFloat16), name,
+                  bfloat16 ? " needs float32, or bfloat16 for codes" : " needs float32");
   STD_TORCH_CHECK(x.dim() <= max_dim, name, " takes at most 8 dimensions, got ", x.dim());
   STD_TORCH_CHECK(int64_t(block_strides.size()) == x.dim() && blocks >= 0, name, " needs a block stride for each axis");
   if (x.numel() == 0) return;  // no element reads its block
@@ -297,8 +331,8 @@ void check_blocks(const char* name, const Tensor& x, const std::vector<int64_t>&
 // ---- statistics -----------------------------------------------------------------------------------------------------
 
 struct Statistic {
-  Tiling tiles;
-  const float* x;
+  const Tiling& tiles;
+  Numbers x;
   int64_t blocks;
   bool both;  // minmax, otherwise absmax
 };
@@ -308,9 +342,7 @@ void reduce_tile(const CastKernels& kernels, const Statistic& job, int64_t tile,
   const Part part = job.tiles.part(tile);
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
   lowbit::BlockTile t;
-  t.rows = part.rows, t.columns = part.columns;
-  t.x_row = rows.x;
-  t.x = gathered(job.x + part.at.x, part, columns.x, &t.x_row, buffer);
+  job.x.place(t, part, job.tiles, false, buffer);
   t.block_row = rows.block;
   t.block_column = columns.block == 1;
   const auto run = job.both ? kernels.minmax : kernels.absmax;
@@ -321,7 +353,7 @@ void reduce_tile(const CastKernels& kernels, const Statistic& job, int64_t tile,
   const lowbit::BlockTile all = t;  // blocks further apart: column by column
   t.columns = 1;
   for (int64_t c = 0; c < part.columns; ++c) {
-    t.x = all.x + c;
+    t.x = all.x + c, t.x16 = all.x16 == nullptr ? nullptr : all.x16 + c;
     t.low = low + part.at.block + c * columns.block, t.high = high + part.at.block + c * columns.block;
     run(t);
   }
@@ -333,6 +365,11 @@ void reset(const Statistic& job, float* low, float* high, int64_t count) {
   if (job.both) std::fill(low, low + count, infinity);
   std::fill(high, high + count, job.both ? -infinity : 0.0f);
 }
+
+void merge(float& into, float x, bool better) {
+  if (std::isnan(x) || (better && !std::isnan(into))) into = x;
+}
+void merge_high(float& into, float x) { merge(into, x, x > into); }
 
 // NaN without sign and payload, +0
 float tidy(float x) { return std::isnan(x) ? bits_as_float(0x7fc00000) : x + 0.0f; }
@@ -363,11 +400,7 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
     });
     for (int64_t piece = 0; piece < pieces; ++piece)
       for (int64_t b = 0; b < job.blocks; ++b) {
-        const auto merge = [](float& into, float x, bool better) {
-          if (std::isnan(x) || (better && !std::isnan(into))) into = x;
-        };
-        const float top = highs[size_t(piece * job.blocks + b)];
-        merge(high[b], top, top > high[b]);
+        merge_high(high[b], highs[size_t(piece * job.blocks + b)]);
         if (!job.both) continue;
         const float bottom = lows[size_t(piece * job.blocks + b)];
         merge(low[b], bottom, bottom < low[b]);
@@ -381,9 +414,11 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
   }
 }
 
-Statistic statistic(const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks, bool both) {
+void reduce(const CastKernels& kernels, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks,
+            bool both, float* low, float* high) {
   const std::vector<int64_t> none(size_t(x.dim()), 0);
-  return {tiling(x, none, block_strides, nullptr, false, true), x.const_data_ptr<float>(), blocks, both};
+  const Tiling tiles = tiling(x, none, block_strides, nullptr, false, true);
+  reduce(kernels, {tiles, Numbers(x), blocks, both}, low, high);
 }
 
 Tensor per_block(int64_t blocks) { return torch::stable::empty({&blocks, 1}, ScalarType::Float); }
@@ -393,7 +428,7 @@ Tensor block_absmax(const Tensor& x, std::vector<int64_t> block_strides, int64_t
   Tensor out = per_block(blocks);
   float* high = out.mutable_data_ptr<float>();
   if (x.numel() == 0) std::fill(high, high + blocks, 0.0f);
-  else reduce(lowbit::kernels().cast, statistic(x, block_strides, blocks, false), nullptr, high);
+  else reduce(lowbit::kernels().cast, x, block_strides, blocks, false, nullptr, high);
   return out;
 }
 
@@ -402,7 +437,7 @@ std::tuple<Tensor, Tensor> block_minmax(const Tensor& x, std::vector<int64_t> bl
   Tensor lows = per_block(blocks), highs = per_block(blocks);
   float *low = lows.mutable_data_ptr<float>(), *high = highs.mutable_data_ptr<float>();
   if (x.numel() == 0) std::fill(low, low + blocks, 0.0f), std::fill(high, high + blocks, 0.0f);
-  else reduce(lowbit::kernels().cast, statistic(x, block_strides, blocks, true), low, high);
+  else reduce(lowbit::kernels().cast, x, block_strides, blocks, true, low, high);
   return {lows, highs};
 }
 
@@ -411,31 +446,36 @@ std::tuple<Tensor, Tensor> block_minmax(const Tensor& x, std::vector<int64_t> bl
 struct Cast {
   Tiling tiles;
   CastFormat format;
-  const float *x, *scale, *zero, *u;
+  Numbers x;
+  const float *scale, *zero, *u;
+  const float* inverse;  // see CastTile
   void* out;
   bool keyed;
   uint32_t key[2], high[2];
 };
 
 struct Buffers {
-  std::vector<float> x, u, scale, zero;
+  std::vector<float> x, u, scale, zero, inverse;
 };
 
 void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers) {
   const Part part = job.tiles.part(tile);
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
   lowbit::CastTile t;
-  t.rows = part.rows, t.columns = part.columns;
-  t.x_row = rows.x;
-  t.x = gathered(job.x + part.at.x, part, columns.x, &t.x_row, buffers.x);
+  job.x.place(t, part, job.tiles, job.inverse == nullptr, buffers.x);
   t.scale_column = columns.block != 0;
   t.scale_row = rows.block;
   t.scale = job.scale + part.at.block;
   t.zero = job.zero == nullptr ? nullptr : job.zero + part.at.block;
+  t.inverse = job.inverse == nullptr ? nullptr : job.inverse + part.at.block;
   if (columns.block > 1) {
-    t.scale = gathered(t.scale, part, columns.block, &t.scale_row, buffers.scale);
-    int64_t row = rows.block;
-    if (t.zero != nullptr) t.zero = gathered(t.zero, part, columns.block, &row, buffers.zero);
+    const auto spread = [&](const float* values, std::vector<float>& buffer) {
+      t.scale_row = rows.block;
+      return values == nullptr ? nullptr : gathered(values, part, columns.block, &t.scale_row, buffer);
+    };
+    t.zero = spread(t.zero, buffers.zero);
+    t.inverse = spread(t.inverse, buffers.inverse);
+    t.scale = spread(t.scale, buffers.scale);
   }
   t.u = nullptr;
   t.draw = nullptr;
@@ -476,15 +516,19 @@ Tensor result_like(const Tensor& x, CastResult result, bool is_dense, std::vecto
   return Tensor(made);
 }
 
+std::vector<int64_t> strides_of(const Tensor& t) {
+  std::vector<int64_t> strides;
+  for (int64_t d = 0; d < t.dim(); ++d) strides.push_back(t.stride(d));
+  return strides;
+}
+
 // A cast whose scales are still to come, and the memory for its result.
 std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& key, const std::optional<Tensor>& u,
                                  const std::vector<int64_t>& block_strides, const CastFormat& format) {
   STD_TORCH_CHECK(key.has_value() + u.has_value() == (format.rounding == CastRounding::stochastic),
                   "stochastic rounding needs exactly one of key and u, other roundings neither");
-  Cast job;
-  job.format = format;
+  Cast job = {{}, format, Numbers(x), nullptr, nullptr, nullptr, nullptr, nullptr, false, {0, 0}, {0, 0}};
   job.keyed = key.has_value();
-  job.u = nullptr;
   if (key.has_value()) {
     STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 3,
                     "a key is three int64: seed, stream, step");
@@ -503,7 +547,6 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
   const bool is_dense = x.numel() != 0 && dense(x);
   std::vector<int64_t> strides;
   Tensor out = result_like(x, format.result, is_dense, strides);
-  job.x = x.const_data_ptr<float>(), job.scale = job.zero = nullptr;
   job.out = out.mutable_data_ptr();
   if (x.numel() != 0)
     job.tiles = tiling(x, strides, block_strides, u.has_value() ? &*u : nullptr, job.keyed, is_dense);
@@ -549,47 +592,166 @@ void to_scale(float* absmax, int64_t count, float denominator) {
   }
 }
 
+// Scales that come from the data, and their inverses where `codes_tile` can do with them.
+struct Scales {
+  float *scale, *inverse;
+  float denominator, most;  // of the scales that have inverses
+
+  Scales(const CastFormat& f, float* scales, std::vector<float>& inverses, int64_t blocks, float d)
+      : scale(scales), inverse(nullptr), denominator(d) {
+    // Stochastic: x / scale must not underflow to 0. x is at most scale * denominator.
+    most = f.rounding == CastRounding::stochastic ? 1.0f : 0x1p60f;
+    const bool rounding = f.rounding == CastRounding::stochastic || f.rounding == CastRounding::half_even;
+    if (f.result != CastResult::codes || !rounding || denominator > 0x1p20f) return;
+    inverses.resize(size_t(blocks));
+    inverse = inverses.data();
+  }
+  // Makes scales of the absolute maxima of these blocks; returns the inverses of all blocks, if these can be used.
+  const float* finish(int64_t first, int64_t count) const {
+    to_scale(scale + first, count, denominator);
+    bool usable = inverse != nullptr;
+    for (int64_t b = first; usable && b < first + count; ++b) {
+      usable = scale[b] >= 0x1p-60f && scale[b] <= most;
+      inverse[b] = 1.0f / scale[b];
+    }
+    return usable ? inverse : nullptr;
+  }
+};
+
+// Whether threads that take one unit after another all have work.
+bool busy(const Tiling& tiles) {
+  return tiles.tiles / tiles.unit() >= 4 * int64_t(torch::stable::get_num_threads()) || tiles.tiles <= grain(tiles);
+}
+
+bool one_block_a_unit(const Tiling& tiles, int64_t blocks) {
+  return tiles.whole_blocks() && tiles.first().block == 1 && tiles.first().size == blocks;
+}
+
+// A unit whose blocks are whole: its scales, then its cast while it is still in the cache. `see` gets every tile.
+template <class See>
+void absmax_unit(const CastKernels& kernels, Cast& job, const Scales& scales, int64_t u, Buffers& buffers, See see) {
+  const Tiling& tiles = job.tiles;
+  const int64_t unit = tiles.unit(), first = tiles.part(u * unit).at.block;
+  const int64_t count = tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - u * tiles.tile_rows) : 1;
+  const Statistic absmax = {tiles, job.x, 0, false};
+  reset(absmax, nullptr, scales.scale + first, count);
+  for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) {
+    reduce_tile(kernels, absmax, tile, nullptr, scales.scale, buffers.x);
+    see(tile);
+  }
+  job.inverse = scales.finish(first, count);
+  for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, job, tile, buffers);
+}
+
+void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vector<int64_t>& block_strides, Cast& job,
+                     float* out, int64_t blocks, float denominator) {
+  job.scale = out;
+  if (x.numel() == 0) return std::fill(out, out + blocks, 1.0f);
+  std::vector<float> inverses;
+  const Scales scales(job.format, out, inverses, blocks, denominator);
+  const Tiling& tiles = job.tiles;
+  if (!one_block_a_unit(tiles, blocks) || !busy(tiles)) {
+    reduce(kernels, x, block_strides, blocks, false, nullptr, out);
+    job.inverse = scales.finish(0, blocks);
+    return run(kernels, job);
+  }
+  const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain(tiles) / unit), [&](int64_t begin, int64_t end) {
+    Buffers buffers;
+    Cast own = job;
+    for (int64_t u = begin; u < end; ++u) absmax_unit(kernels, own, scales, u, buffers, [](int64_t) {});
+  });
+}
+
+void check_absmax(const char* name, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks,
+                  double denominator, bool codes) {
+  check_blocks(name, x, block_strides, blocks, codes);
+  STD_TORCH_CHECK(denominator > 0, "the denominator must be positive, got ", denominator);
+}
+
 std::tuple<Tensor, Tensor> cast_absmax(const Tensor& x, std::optional<Tensor> key, std::vector<int64_t> block_strides,
                                        int64_t blocks, double denominator, std::string kind,
                                        std::vector<double> numbers, std::optional<Tensor> table, std::string rounding,
                                        std::string result) {
-  check_blocks("cast_absmax", x, block_strides, blocks);
-  STD_TORCH_CHECK(denominator > 0, "the denominator must be positive, got ", denominator);
-  const CastKernels& kernels = lowbit::kernels().cast;
-  auto [made, out] = prepared(x, key, std::nullopt, block_strides, cast_format(kind, numbers, table, rounding, result));
-  Cast& job = made;
+  check_absmax("cast_absmax", x, block_strides, blocks, denominator, result == "codes");
+  auto [job, out] = prepared(x, key, std::nullopt, block_strides, cast_format(kind, numbers, table, rounding, result));
   Tensor scale = per_block(blocks);
-  float* scales = scale.mutable_data_ptr<float>();
-  job.scale = scales;
-  const float divisor = float(denominator);
-  if (x.numel() == 0) {
-    std::fill(scales, scales + blocks, 1.0f);
-    return {out, scale};
-  }
-  const Tiling& tiles = job.tiles;
-  const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
-  const bool busy = units >= 4 * int64_t(torch::stable::get_num_threads()) || tiles.tiles <= grain(tiles);
-  if (!tiles.whole_blocks() || tiles.first().block != 1 || tiles.first().size != blocks || !busy) {
-    reduce(kernels, statistic(x, block_strides, blocks, false), nullptr, scales);
-    to_scale(scales, blocks, divisor);
-    run(kernels, job);
-    return {out, scale};
-  }
-  // whole blocks one after another, each cast while it is still in the cache
-  const Statistic absmax = {tiles, job.x, blocks, false};
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain(tiles) / unit), [&](int64_t begin, int64_t end) {
+  absmax_and_cast(lowbit::kernels().cast, x, block_strides, job, scale.mutable_data_ptr<float>(), blocks,
+                  float(denominator));
+  return {out, scale};
+}
+
+// ---- two casts of one tensor ----------------------------------------------------------------------------------------
+
+// The same tiles with the blocks of the other cast.
+Tiling other_blocks(Tiling t) {
+  for (Axis& a : t.outer) std::swap(a.block, a.other);
+  std::swap(t.rows.block, t.rows.other), std::swap(t.columns.block, t.columns.other);
+  return t;
+}
+
+// Casts `near`, whose blocks are units, in a first pass that collects the absolute maxima of `far` on its way, and `far`
+// in a second, each thread its own pieces, backwards: their ends may still be in its cache.
+void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_scales, Cast& far,
+               const Scales& far_scales, int64_t far_blocks, int64_t pieces) {
+  const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
+  const Statistic absmax = {far.tiles, far.x, far_blocks, false};
+  std::vector<float> highs(size_t(pieces * far_blocks));
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t first = tiles.part(u * unit).at.block;
-      const int64_t count = tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - u * tiles.tile_rows) : 1;
-      reset(absmax, nullptr, scales + first, count);
-      for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile)
-        reduce_tile(kernels, absmax, tile, nullptr, scales, buffers.x);
-      to_scale(scales + first, count, divisor);
-      for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, job, tile, buffers);
+    Cast own = near;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      float* high = highs.data() + piece * far_blocks;
+      const auto see = [&](int64_t tile) { reduce_tile(kernels, absmax, tile, nullptr, high, buffers.x); };
+      for (int64_t u = units * piece / pieces; u < units * (piece + 1) / pieces; ++u)
+        absmax_unit(kernels, own, near_scales, u, buffers, see);
     }
   });
-  return {out, scale};
+  reset(absmax, nullptr, far_scales.scale, far_blocks);
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
+  far.inverse = far_scales.finish(0, far_blocks);
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    Buffers buffers;
+    for (int64_t tile = unit * (units * end / pieces); tile-- > unit * (units * begin / pieces);)
+      cast_tile(kernels, far, tile, buffers);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
+    const Tensor& x, std::optional<Tensor> key1, std::optional<Tensor> key2, std::vector<int64_t> strides1,
+    int64_t blocks1, std::vector<int64_t> strides2, int64_t blocks2, double denominator, std::string kind,
+    std::vector<double> numbers, std::optional<Tensor> table, std::string rounding1, std::string rounding2) {
+  check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, true);
+  check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, true);
+  const CastKernels& kernels = lowbit::kernels().cast;
+  auto [job1, out1] = prepared(x, key1, std::nullopt, strides1, cast_format(kind, numbers, table, rounding1, "codes"));
+  auto [job2, out2] = prepared(x, key2, std::nullopt, strides2, cast_format(kind, numbers, table, rounding2, "codes"));
+  Tensor scale1 = per_block(blocks1), scale2 = per_block(blocks2);
+  float *data1 = scale1.mutable_data_ptr<float>(), *data2 = scale2.mutable_data_ptr<float>();
+  const float divisor = float(denominator);
+  const auto fused = [&](const Tiling& tiles, Cast& near, float* near_out, int64_t near_blocks, Cast& far,
+                         float* far_out, int64_t far_blocks) {
+    const int64_t pieces = tiles.tiles <= grain(tiles) ? 1 : torch::stable::get_num_threads();
+    if (!one_block_a_unit(tiles, near_blocks) || !busy(tiles) || far_blocks * pieces * 4 > x.numel()) return false;
+    near.tiles = tiles, far.tiles = other_blocks(tiles);
+    near.scale = near_out, far.scale = far_out;
+    std::vector<float> inverses1, inverses2;
+    const Scales near_scales(near.format, near_out, inverses1, near_blocks, divisor);
+    const Scales far_scales(far.format, far_out, inverses2, far_blocks, divisor);
+    cast_both(kernels, near, near_scales, far, far_scales, far_blocks, pieces);
+    return true;
+  };
+  if (x.numel() != 0) {
+    const std::vector<int64_t> strides = strides_of(out1);
+    const Tiling tiles = tiling(x, strides, strides1, nullptr, job1.keyed || job2.keyed, dense(x), &strides2);
+    if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
+        fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
+      return {out1, scale1, out2, scale2};
+  }
+  absmax_and_cast(kernels, x, strides1, job1, data1, blocks1, divisor);
+  absmax_and_cast(kernels, x, strides2, job2, data2, blocks2, divisor);
+  return {out1, scale1, out2, scale2};
 }
 
 }  // namespace
@@ -599,4 +761,5 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("block_minmax", TORCH_BOX(&block_minmax));
   m.impl("cast", TORCH_BOX(&cast));
   m.impl("cast_absmax", TORCH_BOX(&cast_absmax));
+  m.impl("cast_absmax_pair", TORCH_BOX(&cast_absmax_pair));
 }

@@ -36,6 +36,7 @@ OPERATORS = sorted(
 )
 GENERATORS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {}
 ISAS = backends.compiled_isas()
+NEAREST = tuple(rounding for rounding in ROUNDINGS if rounding != "stochastic")
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 LARGEST = torch.finfo(torch.float32).max
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), LARGEST, -3.4e38, 1e-45, -1e-40, 1.1754944e-38)
@@ -338,6 +339,25 @@ def _(r: Draw) -> tuple[Any, ...]:
     key = r.key() if rounding == "stochastic" else None
     denominator = r.choice((127.0, 7.0, 448.0, 1.0, 0.3))
     return x, key, strides, count, denominator, kind, numbers, table, rounding, result_of(r, kind, numbers)
+
+
+@generator("lowbit::cast_absmax_pair")
+def _(r: Draw) -> tuple[Any, ...]:
+    shape = shape_of(r)
+    first, second = blocks(r, shape), blocks(r, shape)
+    if r.chance(0.6) and len(shape) > 1:  # rows and columns, samples and channels
+        first, second = (([int(d == axis) for d in range(len(shape))], shape[axis]) for axis in (0, 1))
+    x = r.floats(*shape)
+    if r.chance(0.3) and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.to(torch.bfloat16) if r.chance(0.3) else x
+    fmt = formats.Int(r.randint(2, 8), narrow=r.chance(0.5))
+    roundings = ["stochastic" if r.chance(0.5) else r.choice(NEAREST) for _ in range(2)]
+    keys = [r.key() if rounding == "stochastic" else None for rounding in roundings]
+    arguments = cast_arguments(fmt, "half_even")
+    assert arguments is not None
+    denominator = r.choice((fmt.max, 127.0, 1.0, 0.3))
+    return x, *keys, *first, *second, denominator, *arguments, *roundings
 
 
 def packed(r: Draw, bits: int) -> tuple[Tensor, Tensor, Tensor, int]:

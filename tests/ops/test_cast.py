@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit import formats
 from lowbit.formats import Codebook, Even, Fixed, Float, Format, Int, Log
 from lowbit.ops import backends
-from lowbit.ops.cast import block_absmax, block_minmax, cast, cast_absmax, cast_arguments
+from lowbit.ops.cast import block_absmax, block_minmax, cast, cast_absmax, cast_absmax_pair, cast_arguments
 from lowbit.ops.uniform import uniform
 from lowbit.rounding import ROUNDINGS
 from lowbit.scales import AbsMax
@@ -308,6 +308,133 @@ def test_special_values_in_blocks(isa: str) -> None:
                     compare("cast_absmax", isa, x, *args)
 
 
+Arguments = tuple[str, list[float], Tensor | None]
+
+
+def compare_pair(isa: str, x: Tensor, partitions: Sequence[tuple[list[int], int]], *args: object) -> None:
+    """`args`: the rest of two calls of cast_absmax, to which the pair must be equal."""
+    key1, key2, denominator, kind, numbers, table, rounding1, rounding2 = args
+    (strides1, blocks1), (strides2, blocks2) = partitions
+    rest = denominator, kind, numbers, table
+    compare("cast_absmax_pair", isa, x, key1, key2, strides1, blocks1, strides2, blocks2, *rest, rounding1, rounding2)
+
+
+ROUNDINGS_OF_PAIRS = [
+    ("half_even", "half_even"),
+    ("stochastic", "stochastic"),
+    ("half_even", "stochastic"),
+    ("stochastic", "half_even"),
+    ("half_up", "stochastic"),
+]
+
+
+def pairs(generator: random.Random) -> tuple[Tensor | None, Tensor | None, float, Arguments, str, str]:
+    """Keys, denominator, format and roundings of a pair."""
+    fmt = Int(generator.choice([2, 4, 8]), narrow=generator.random() < 0.5)
+    rounding1, rounding2 = generator.choice(ROUNDINGS_OF_PAIRS)
+    arguments = cast_arguments(fmt, rounding1)
+    assert arguments is not None
+    keys = [
+        torch.tensor([2**40 + 1, i, 3]) if r == "stochastic" else None for i, r in enumerate((rounding1, rounding2))
+    ]
+    return keys[0], keys[1], generator.choice([fmt.max, 127.0, 0.3, 2.0**21]), arguments, rounding1, rounding2
+
+
+def with_special(x: Tensor, generator: random.Random) -> Tensor:
+    """`x`, perhaps of another magnitude, perhaps with a special value and a row of zeros."""
+    x = x * generator.choice([1.0, 1.0, 300.0, 1e-6, 1e-20, 1e-38, 1e19, 1e30])
+    for _ in range(generator.choice([0, 0, 1, 2]) if x.numel() else 0):
+        x.view(-1)[generator.randrange(x.numel())] = generator.choice(SPECIAL)
+    if generator.random() < 0.2 and x.dim():
+        x[0] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pair_of_any_partitions(isa: str) -> None:
+    torch.manual_seed(2)
+    generator = random.Random(8)
+    for x, strides, blocks in layouts(200, 9):
+        other = sorted(generator.sample(range(x.dim()), generator.randint(0, x.dim())))
+        key1, key2, denominator, arguments, *roundings = pairs(generator)
+        if generator.random() < 0.3:
+            x = x.to(torch.bfloat16)
+        partitions = [(strides, blocks), dense_strides(x.shape, other)]
+        compare_pair(isa, x, partitions, key1, key2, denominator, *arguments, *roundings)
+        if x.dtype == torch.bfloat16:
+            compare("cast_absmax", isa, x, key1, strides, blocks, denominator, *arguments, roundings[0], "codes")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pair_of_rows_and_columns(isa: str) -> None:
+    """The layouts with a fast path, at sizes with tails, on several threads."""
+    torch.manual_seed(3)
+    generator = random.Random(10)
+    before = torch.get_num_threads()
+    shapes = [
+        (200, 33),
+        (300, 16),
+        (70, 2100),
+        (90, 800),
+        (64, 48, 5, 3),
+        (40, 16, 12, 12),
+        (33, 70, 8, 8),
+        (9, 3, 60, 40),
+    ]
+    try:
+        for shape in shapes:
+            for layout in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (None,):
+                for trial in range(5):
+                    x = with_special(torch.randn(shape), generator)
+                    x = x if layout is None else x.contiguous(memory_format=layout)
+                    x = x.to(torch.bfloat16) if trial % 2 else x
+                    partitions = [dense_strides(shape, [0]), dense_strides(shape, [1])]
+                    if generator.random() < 0.3:
+                        partitions.reverse()
+                    key1, key2, denominator, arguments, *roundings = pairs(generator)
+                    torch.set_num_threads(1 + 2 * (trial % 2))
+                    compare_pair(isa, x, partitions, key1, key2, denominator, *arguments, *roundings)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_codes_of_all_magnitudes(isa: str) -> None:
+    """Quotients without a division: ties and their neighbours, tiny numbers, scales at the ends of their range."""
+    generator = torch.Generator().manual_seed(11)
+    ties = torch.arange(-127.5, 128.0, 0.5)
+    near = [ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)]
+    whole = torch.cat([*near, 1e-30 * torch.randn(50, generator=generator), torch.tensor([1e-45, -1e-45, 0.0, 127.5])])
+    for scale in (1.0, 0.7, 1.0 - 2.0**-24, 1.0 + 2.0**-23, 2.0**-60, 2.0**-61, 3e-20, 2.0**60, 1e20, 1e-30):
+        x = torch.stack([whole, whole * torch.rand(whole.shape, generator=generator)]) * scale
+        x[:, -1] = 127.5 * scale
+        for rounding in ("half_even", "stochastic"):
+            key = torch.tensor([1, 2, 3]) if rounding == "stochastic" else None
+            arguments = cast_arguments(Int(8), rounding)
+            assert arguments is not None
+            for strides, blocks in ([1, 0], 2), ([0, 1], len(whole)), ([0, 0], 1):
+                compare("cast_absmax", isa, x, key, strides, blocks, 127.0, *arguments, rounding, "codes")
+                compare("cast_absmax", isa, x, key, strides, blocks, 127.5, *arguments, rounding, "codes")
+
+
+def test_pair_checks_its_arguments() -> None:
+    rest = 127.0, "int", [-127.0, 127.0, 0.0], None, "half_even", "half_even"
+    partitions = [1, 0], 2, [0, 1], 3
+    for call in (cast_absmax_pair, backends.definition("lowbit::cast_absmax_pair"), torch.ops.lowbit.cast_absmax_pair):
+        with pytest.raises((RuntimeError, TypeError), match="needs float32, or bfloat16 for codes"):
+            call(torch.zeros(2, 3, dtype=torch.float64), None, None, *partitions, *rest)
+        with pytest.raises((RuntimeError, ValueError), match="3 blocks"):
+            call(torch.zeros(2, 4), None, None, *partitions, *rest)
+        with pytest.raises((RuntimeError, ValueError), match="exactly one"):
+            call(torch.zeros(2, 3), None, torch.tensor([1, 2, 3]), *partitions, *rest)
+        codes1, scale1, codes2, scale2 = call(torch.ones(2, 3, dtype=torch.bfloat16), None, None, *partitions, *rest)
+        assert codes1.eq(127).all() and codes2.eq(127).all()
+        assert scale1.shape == (2,) and scale2.shape == (3,)
+    for call in (cast_absmax, torch.ops.lowbit.cast_absmax):
+        with pytest.raises((RuntimeError, TypeError), match="float32"):
+            call(torch.zeros(2, dtype=torch.bfloat16), None, [0], 1, *rest[:-1], "values")
+
+
 def test_absmax_scale_is_that_of_the_library() -> None:
     x = torch.randn(6, 50)
     x[2] = 0.0
@@ -426,6 +553,7 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
         x = x.to(memory_format=torch.channels_last)
     strides, key = [0, 1] + [0] * (len(shape) - 2), torch.tensor([1, 2, 3])
     blocks = shape[1]
+    rows, roundings = [1] + [0] * (len(shape) - 1), ("stochastic", "half_even")
     scale = torch.ones(blocks)
     expected = dict.fromkeys(CHECKS, "SUCCESS")
     ops = torch.ops.lowbit
@@ -438,5 +566,11 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
         (ops.cast, (x, scale, scale, key, None, strides, *arguments, "stochastic", "codes")),
         (ops.cast, (x, scale, None, None, None, strides, *table, "half_up", "values")),
         (ops.cast_absmax, (x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
+        (ops.cast_absmax, (x.to(torch.bfloat16), key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
+        (ops.cast_absmax_pair, (x, key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings)),
+        (
+            ops.cast_absmax_pair,
+            (x.to(torch.bfloat16), key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings),
+        ),
     ]:
         assert torch.library.opcheck(op.default, args, test_utils=CHECKS) == expected

@@ -47,7 +47,7 @@ from lowbit.serial import nearest
 from .backends import Operator, declare
 from .uniform import uniform
 
-__all__ = ["block_absmax", "block_minmax", "cast", "cast_absmax", "cast_arguments"]
+__all__ = ["block_absmax", "block_minmax", "cast", "cast_absmax", "cast_absmax_pair", "cast_arguments"]
 
 KINDS = {"int": 3, "even": 1, "float": 4, "log2": 2, "table": 1}
 """How many numbers each kind has."""
@@ -214,11 +214,32 @@ def _cast_absmax_definition(
     rounding: str,
     result: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_denominator(denominator)
+    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, result)
+    x = _float32(x)
     scale = _absmax_definition(x, block_strides, blocks) / denominator
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     q = _cast_definition(x, scale, None, key, None, block_strides, kind, numbers, table, rounding, result)
     return q, scale
+
+
+def _pair_definition(
+    x: Tensor,
+    key1: Tensor | None,
+    key2: Tensor | None,
+    strides1: Sequence[int],
+    blocks1: int,
+    strides2: Sequence[int],
+    blocks2: int,
+    denominator: float,
+    kind: str,
+    numbers: Sequence[float],
+    table: Tensor | None,
+    rounding1: str,
+    rounding2: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rest = denominator, kind, numbers, table
+    first = _cast_absmax_definition(x, key1, strides1, blocks1, *rest, rounding1, "codes")
+    return *first, *_cast_absmax_definition(x, key2, strides2, blocks2, *rest, rounding2, "codes")
 
 
 def _result(x: Tensor, result: str) -> Tensor:
@@ -227,6 +248,11 @@ def _result(x: Tensor, result: str) -> Tensor:
     if x.numel() == 0 or not _dense(x):
         return x.new_empty(tuple(x.shape), dtype=dtype)
     return x.new_empty_strided(tuple(x.shape), x.stride(), dtype=dtype)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """`x` in float32, with its strides where it is dense, otherwise contiguous."""
+    return x if x.dtype == torch.float32 else x.float() if _dense(x) else x.contiguous().float()
 
 
 def _dense(x: Tensor) -> bool:
@@ -262,6 +288,13 @@ _cast_absmax_op = Operator(
     "lowbit::cast_absmax",
     _cast_absmax_definition,
     f"(Tensor x, Tensor? key, SymInt[] block_strides, SymInt blocks, float denominator, {_CAST}) -> (Tensor, Tensor)",
+)
+_pair_op = Operator(
+    "lowbit::cast_absmax_pair",
+    _pair_definition,
+    "(Tensor x, Tensor? key1, Tensor? key2, SymInt[] strides1, SymInt blocks1, SymInt[] strides2, SymInt blocks2, "
+    "float denominator, str kind, float[] numbers, Tensor? table, str rounding1, str rounding2) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -308,16 +341,43 @@ def _(
     rounding: str,
     result: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_denominator(denominator)
+    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, result)
+    x = _float32(x)
     scale = x.new_empty(blocks)
     _check_cast(x, scale, None, key, None, block_strides, kind, numbers, table, rounding, result)
     return _result(x, result), scale
+
+
+@_pair_op.register_fake
+def _(
+    x: Tensor,
+    key1: Tensor | None,
+    key2: Tensor | None,
+    strides1: Sequence[int],
+    blocks1: int,
+    strides2: Sequence[int],
+    blocks2: int,
+    denominator: float,
+    kind: str,
+    numbers: Sequence[float],
+    table: Tensor | None,
+    rounding1: str,
+    rounding2: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, "codes")
+    _check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, "codes")
+    x = _float32(x)
+    scale1, scale2 = x.new_empty(blocks1), x.new_empty(blocks2)
+    _check_cast(x, scale1, None, key1, None, strides1, kind, numbers, table, rounding1, "codes")
+    _check_cast(x, scale2, None, key2, None, strides2, kind, numbers, table, rounding2, "codes")
+    return _result(x, "codes"), scale1, _result(x, "codes"), scale2
 
 
 declare("lowbit::block_absmax", _absmax_definition, {"cpu": "C++"})
 declare("lowbit::block_minmax", _minmax_definition, {"cpu": "C++"})
 declare("lowbit::cast", _cast_definition, {"cpu": "C++"})
 declare("lowbit::cast_absmax", _cast_absmax_definition, {"cpu": "C++"})
+declare("lowbit::cast_absmax_pair", _pair_definition, {"cpu": "C++"})
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -388,20 +448,50 @@ def cast_absmax(
     rounding: str,
     result: str = "codes",
 ) -> tuple[Tensor, Tensor]:
-    """`cast` with the scale max|x| / denominator of each block, 1 where that is 0; returns the scales too."""
-    _check_blocks("cast_absmax", x, block_strides, blocks)
-    _check_denominator(denominator)
+    """`cast` with the scale max|x| / denominator of each block, 1 where that is 0; returns the scales too.
+
+    For "codes" x may be bfloat16: the result is that of x.float().
+    """
+    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, result)
     return torch.ops.lowbit.cast_absmax(
         x, key, list(block_strides), blocks, denominator, kind, list(numbers), table, rounding, result
+    )
+
+
+def cast_absmax_pair(
+    x: Tensor,
+    key1: Tensor | None,
+    key2: Tensor | None,
+    strides1: Sequence[int],
+    blocks1: int,
+    strides2: Sequence[int],
+    blocks2: int,
+    denominator: float,
+    kind: str,
+    numbers: Sequence[float],
+    table: Tensor | None,
+    rounding1: str,
+    rounding2: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales of `cast_absmax` for two partitions into blocks, each with its own key and rounding.
+
+    It reads x twice, not four times, where the blocks of one partition are the rows or samples of a dense x.
+    """
+    _check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, "codes")
+    _check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, "codes")
+    blocks = list(strides1), blocks1, list(strides2), blocks2
+    return torch.ops.lowbit.cast_absmax_pair(
+        x, key1, key2, *blocks, denominator, kind, list(numbers), table, rounding1, rounding2
     )
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_blocks(operator: str, x: Tensor, block_strides: Sequence[int], blocks: int) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"{operator} needs float32, got {x.dtype}; convert with x.float()")
+def _check_blocks(operator: str, x: Tensor, block_strides: Sequence[int], blocks: int, bfloat16: bool = False) -> None:
+    if x.dtype != torch.float32 and not (bfloat16 and x.dtype == torch.bfloat16):
+        needed = "float32, or bfloat16 for codes" if bfloat16 else "float32"
+        raise TypeError(f"{operator} needs {needed}, got {x.dtype}; convert with x.float()")
     if x.dim() > DIMENSIONS:
         raise ValueError(f"{operator} takes at most {DIMENSIONS} dimensions, got {x.dim()}; join axes with reshape")
     if len(block_strides) != x.dim():
@@ -483,6 +573,9 @@ def _possible(kind: str, first: float, second: float = 0.0, third: float = 0.0, 
     return first >= 0
 
 
-def _check_denominator(denominator: float) -> None:
+def _check_absmax(
+    operator: str, x: Tensor, block_strides: Sequence[int], blocks: int, denominator: float, result: str
+) -> None:
+    _check_blocks(operator, x, block_strides, blocks, bfloat16=result == "codes")
     if not denominator > 0:
         raise ValueError(f"the denominator must be positive; got {denominator}")
