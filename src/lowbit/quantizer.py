@@ -90,7 +90,7 @@ def integers_twice(
     """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it."""
     x = x.detach()
     a, b = first._cast(x, key1), second._cast(x, key2)
-    if True or not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
+    if not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
         return first.integers(x, key1), second.integers(x, key2)
     denominator, arguments = a[3:5]
     codes1, scale1, codes2, scale2 = torch.ops.lowbit.cast_absmax_pair(
@@ -366,7 +366,7 @@ class Quantizer(nn.Module):
             b = Blocked(x, self.spec.blocks, self.layout)
             arguments = cast_arguments(self.spec.format, mode)
             known = ()
-            if b.strides is not None and arguments is not None and x.dtype == torch.float32:
+            if b.strides is not None and arguments is not None and x.dtype in (torch.float32, torch.bfloat16):
                 known = b.view.shape, b.strides, b.count, how.denominator, arguments, mode
             if not torch.compiler.is_compiling():
                 if len(self._casts) > 64:  # lengths vary from batch to batch
