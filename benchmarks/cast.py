@@ -13,13 +13,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit import formats
 from lowbit.formats import Codebook, Even, Fixed, Format, Int, Log
-from lowbit.ops.cast import block_absmax, block_minmax, cast, cast_absmax, cast_arguments
+from lowbit.ops.cast import block_absmax, block_minmax, cast, cast_absmax, cast_absmax_pair, cast_arguments
 from lowbit.ops.uniform import uniform
 
 NAMED = {name: getattr(formats, name) for name in formats.__all__}
@@ -33,6 +34,16 @@ FORMATS: dict[str, Format] = {name: fmt for name, fmt in NAMED.items() if isinst
     "Codebook(16)": Codebook(tuple(float(i * abs(i)) for i in range(-8, 8))),
     "Codebook(256)": Codebook(tuple(float(i * abs(i)) for i in range(-128, 128))),
 }
+PAIRS = (
+    (2048, 512),
+    (2048, 2048),
+    (2048, 3072),
+    (128, 16, 32, 32),
+    (128, 64, 8, 8),
+    (16, 64, 56, 56),
+    (16, 256, 56, 56),
+)
+"""Activations and errors: matrices, and images with channels last."""
 KEY = torch.tensor([1, 2, 3])
 ROW_LENGTHS = (16, 64, 100, 512, 1000, 4096)
 
@@ -125,6 +136,46 @@ def by_layout(elements: int, rounds: int) -> list[dict[str, object]]:
     return table
 
 
+def by_pair(rounds: int) -> list[dict[str, object]]:
+    """int8 codes by row and by column (sample and channel): two calls of cast_absmax, and one of cast_absmax_pair."""
+    table = []
+    for shape in PAIRS:
+        x = torch.randn(shape)
+        if len(shape) == 4:
+            x = x.to(memory_format=torch.channels_last)
+        inside = [0] * (len(shape) - 2)
+        first, second = ([1, 0, *inside], shape[0]), ([0, 1, *inside], shape[1])
+        out = torch.empty_like(x, dtype=torch.int8)
+        calls: dict[str, Callable[[], object]] = {
+            "clone": x.clone,
+            "two new results": lambda: [torch.empty_like(out).zero_() for _ in range(2)],  # noqa: B023
+            "two old results": lambda: [out.zero_() for _ in range(2)],  # noqa: B023
+        }
+        for rounding in ("half_even", "stochastic"):
+            key = KEY if rounding == "stochastic" else None
+            arguments = cast_arguments(Int(8, narrow=True), rounding)
+            assert arguments is not None
+            calls |= pair_calls(x, key, first, second, (127.0, *arguments), rounding)
+        seconds = interleaved(calls, rounds)
+        ratios = {call: seconds[call] / seconds["clone"] for call in seconds if call != "clone"}
+        table.append({"pair": " x ".join(map(str, shape)), "clone_ms": seconds["clone"] * 1e3} | ratios)
+    return table
+
+
+Partition = tuple[list[int], int]
+
+
+def pair_calls(
+    x: Tensor, key: Tensor | None, first: Partition, second: Partition, rest: tuple[Any, ...], rounding: str
+) -> dict[str, Callable[[], object]]:
+    half = x.to(torch.bfloat16)
+    return {
+        f"two {rounding}": lambda: [cast_absmax(x, key, *part, *rest, rounding) for part in (first, second)],
+        f"pair {rounding}": lambda: cast_absmax_pair(x, key, key, *first, *second, *rest, rounding, rounding),
+        f"bfloat16 {rounding}": lambda: cast_absmax_pair(half, key, key, *first, *second, *rest, rounding, rounding),
+    }
+
+
 def show(table: list[dict[str, object]]) -> None:
     head = list(max(table, key=len))
     print(f"{head[0]:42}" + "".join(f"{name:>19}" for name in head[1:]))
@@ -143,13 +194,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     kinds = by_format(arguments.elements, arguments.rounds)
     blocks = by_layout(arguments.elements, arguments.rounds)
+    pairs = by_pair(arguments.rounds)
     if arguments.json:
-        print(json.dumps({"threads": arguments.threads, "formats": kinds, "layouts": blocks}, indent=2))
+        print(json.dumps({"threads": arguments.threads, "formats": kinds, "layouts": blocks, "pairs": pairs}, indent=2))
         return
     print(f"{arguments.elements} elements, {arguments.threads} threads; clone in ms, the others as multiples of it")
     show(kinds)
     print()
     show(blocks)
+    print()
+    show(pairs)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ struct CastTile {
   const float* u;  // uniforms, for stochastic rounding
   int64_t u_row;
   const CastUniforms* draw;  // null, or what `u` is filled with on the way: the rows follow each other
+  int64_t ahead;        // with `inverse`: elements soon needed are so far behind these in memory
   const float* scale;
   const float* zero;               // or null
   const float* inverse;            // null, or 1 / scale: see `codes_tile`
@@ -65,6 +66,7 @@ struct BlockTile {
 
 struct CastKernels {
   static constexpr int64_t tile = 2048;  // at most so many elements, with four more for each row unless there is one
+  static constexpr int64_t wide_tile = 8192;  // the same without uniforms, of codes
   static constexpr int64_t buffer = tile + 128;  // numbers that uniforms may take
   void (*cast)(const CastFormat& format, const CastTile& tile);
   void (*uniforms)(const CastUniforms& job, CastTile& tile);  // sets u, u_row and perhaps draw

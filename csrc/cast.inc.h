@@ -546,6 +546,7 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
   int8_t* out = static_cast<int8_t*>(tile.out);
   const auto encode = [&](int64_t r, int64_t c, LaneF scale, LaneF inverse, auto... part) {
+    __builtin_prefetch(x + r * tile.x_row + c + tile.ahead, 0, 2);  // to the second cache: arithmetic hides the way
     const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
     int8_t* to = out + r * tile.out_row + c;
     if constexpr (stochastic)

@@ -29,6 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t worth_a_thread = 1 << 15;  // elements, 5 to 20 microseconds: smaller tensors stay on one thread
+constexpr int64_t most_ahead = 1 << 17;      // elements of a next unit that still fit a core's own cache, half a megabyte
 constexpr int max_dim = 8;
 
 // ---- formats --------------------------------------------------------------------------------------------------------
@@ -222,7 +223,8 @@ bool dense(const Tensor& x) {
 
 // `u` and `keyed` say whose strides count. In the order of memory if `by_memory`, otherwise row-major.
 Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const std::vector<int64_t>& block_strides,
-              const Tensor* u, bool keyed, bool by_memory, const std::vector<int64_t>* other_strides = nullptr) {
+              const Tensor* u, bool keyed, bool by_memory, const std::vector<int64_t>* other_strides = nullptr,
+              int64_t most = CastKernels::tile) {
   std::vector<Axis> axes;
   int64_t index = 1;
   for (int64_t d = x.dim(); d-- > 0; index *= x.size(d))
@@ -258,7 +260,6 @@ Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const st
     merged.erase(row);
   }
   t.outer = std::move(merged);
-  const int64_t most = CastKernels::tile;
   if (keyed && t.columns.index != 1) {
     t.tile_columns = std::min<int64_t>(64, t.columns.size);
     t.tile_rows = std::min(t.rows.size, most / ((t.tile_columns + 15) / 16 * 16));
@@ -452,6 +453,7 @@ struct Cast {
   void* out;
   bool keyed;
   uint32_t key[2], high[2];
+  int64_t ahead = 0;  // see CastTile
 };
 
 struct Buffers {
@@ -463,6 +465,7 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
   lowbit::CastTile t;
   job.x.place(t, part, job.tiles, job.inverse == nullptr, buffers.x);
+  t.ahead = job.ahead;
   t.scale_column = columns.block != 0;
   t.scale_row = rows.block;
   t.scale = job.scale + part.at.block;
@@ -695,11 +698,13 @@ Tiling other_blocks(Tiling t) {
 void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_scales, Cast& far,
                const Scales& far_scales, int64_t far_blocks, int64_t pieces) {
   const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
+  const int64_t elements = near.tiles.tile_rows * near.tiles.tile_columns, ahead = unit * elements;
   const Statistic absmax = {far.tiles, far.x, far_blocks, false};
   std::vector<float> highs(size_t(pieces * far_blocks));
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
     Cast own = near;
+    own.ahead = ahead <= most_ahead ? ahead : 0;
     for (int64_t piece = begin; piece < end; ++piece) {
       float* high = highs.data() + piece * far_blocks;
       const auto see = [&](int64_t tile) { reduce_tile(kernels, absmax, tile, nullptr, high, buffers.x); };
@@ -711,6 +716,7 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
   far.inverse = far_scales.finish(0, far_blocks);
+  far.ahead = -elements;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
     for (int64_t tile = unit * (units * end / pieces); tile-- > unit * (units * begin / pieces);)
@@ -744,7 +750,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
   };
   if (x.numel() != 0) {
     const std::vector<int64_t> strides = strides_of(out1);
-    const Tiling tiles = tiling(x, strides, strides1, nullptr, job1.keyed || job2.keyed, dense(x), &strides2);
+    const bool keyed = job1.keyed || job2.keyed;
+    // several rows share one load of the maxima or scales of the columns
+    const Tiling tiles = tiling(x, strides, strides1, nullptr, keyed, dense(x), &strides2,
+                                keyed ? CastKernels::tile : CastKernels::wide_tile);
     if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
         fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
       return {out1, scale1, out2, scale2};
