@@ -241,6 +241,7 @@ class Quantizer(nn.Module):
             tuple[torch.Size, torch.dtype, Rounding], tuple[Any, ...]
         ] = {}  # what `integers` asks for, by shape
         self._made: dict[str, tuple[Any, Any]] = {}  # what was made of a weight, and of which bits
+        self._versions: dict[str, int] = {}  # of the weight, at the last use
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
         self._drawn: int | None = None  # version of the weight that the current draw belongs to
         self._source: weakref.ref[Tensor] | None = None  # that weight
@@ -336,18 +337,24 @@ class Quantizer(nn.Module):
 
     def weight_integers(self, w: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """`integers` of a weight, kept until it changes."""
-        return self._kept("integers", w, key, lambda: self.integers(w, key))
+        return self._kept("integers", w, w, key, lambda: self.integers(w, key))
 
-    def _kept(self, what: str, w: Tensor, key: Tensor | None, make: Callable[[], T]) -> T:
-        """What `make` gives for a weight with these bits and this draw, made once: a weight does not change between the
-        micro-batches of a step, nor in evaluation."""
+    def _kept(self, what: str, w: Tensor, owner: Tensor, key: Tensor | None, make: Callable[[], T]) -> T:
+        """What `make` gives for a weight with these bits and this draw; `owner` is the parameter it comes from.
+
+        A weight does not change between the micro-batches of a step, nor in evaluation. The second use of the same
+        version is kept, together with a fingerprint of the bits, because a version counter does not see what is written
+        through `.data`; the first use costs nothing more, so a step of a single batch pays nothing.
+        """
+        if not self.weight or torch.compiler.is_compiling():
+            return make()
+        if self._versions.get(what) != owner._version:
+            self._versions[what] = owner._version
+            self._made.pop(what, None)
+            return make()
         flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
         steady = not isinstance(self.spec.scale, (Learned, Average, History)) and self.watch is None
-        if not (
-            self.weight and steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"
-        ):
-            return make()
-        if torch.compiler.is_compiling():
+        if not (steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"):
             return make()
         mark = fingerprint(flat.detach()), w.shape, w.stride(), self.training, None if key is None else key.tolist()
         if what not in self._made or self._made[what][0] != mark:
@@ -520,7 +527,9 @@ class Quantizer(nn.Module):
         blocks, layout, rule = self.spec.blocks, self.layout, self.spec.backward
         with torch.no_grad():
             if u is None:
-                coded, q = self._kept("values", y, key, lambda: self._run(y.detach(), key, None))
+                coded, q = self._kept(
+                    "values", y, x if owner is None else owner, key, lambda: self._run(y.detach(), key, None)
+                )
             else:
                 coded, q = self._run(y.detach(), key, u)
         learned = self.learned if isinstance(self.spec.scale, Learned) else None
