@@ -172,7 +172,7 @@ def pair_calls(
     return {
         f"two {rounding}": lambda: [cast_absmax(x, key, *part, *rest, rounding) for part in (first, second)],
         f"pair {rounding}": lambda: cast_absmax_pair(x, key, key, *first, *second, *rest, rounding, rounding),
-        f"bfloat16 {rounding}": lambda: cast_absmax_pair(half, key, key, *first, *second, *rest, rounding, rounding),
+        f"bf16 {rounding}": lambda: cast_absmax_pair(half, key, key, *first, *second, *rest, rounding, rounding),
     }
 
 

@@ -29,6 +29,9 @@ struct Lanes {
   // numbers in [-128, 127.5), no NaN, to the nearest integers, ties to even
   static void store_nearest(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, nearest(v)); }
   static void store_nearest(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, nearest(v)); }
+  // numbers in [-128, 127], no NaN, to a neighbouring integer by uniforms
+  static void store_stochastic(int8_t* p, F v, F u) { _mm_storeu_si128((__m128i*)p, drawn(v, u)); }
+  static void store_stochastic(int8_t* p, F v, F u, Mask k) { _mm_mask_storeu_epi8(p, k, drawn(v, u)); }
   static F quotient(F x, F scale, F inverse) {  // x / scale: see `codes_tile`
     F q = _mm512_mul_ps(x, inverse);
     q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);
@@ -78,6 +81,11 @@ struct Lanes {
  private:
   static F widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static __m128i nearest(F v) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)); }
+  static __m128i drawn(F v, F u) {
+    const __m512i below = _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Mask up = less(u, _mm512_sub_ps(v, _mm512_cvtepi32_ps(below)));
+    return _mm512_cvtsepi32_epi8(_mm512_mask_add_epi32(below, up, below, _mm512_set1_epi32(1)));
+  }
   static __m128i bytes(F v) {
     return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
   }
@@ -112,6 +120,11 @@ struct Lanes {
   static void store(int8_t* p, F v, Mask) { store(p, v); }
   static void store_nearest(int8_t* p, F v) { *p = int8_t(half_even(v)); }
   static void store_nearest(int8_t* p, F v, Mask) { store_nearest(p, v); }
+  static void store_stochastic(int8_t* p, F v, F u) {
+    const F below = floor(v);
+    *p = int8_t(below + (u < v - below ? 1.0f : 0.0f));
+  }
+  static void store_stochastic(int8_t* p, F v, F u, Mask) { store_stochastic(p, v, u); }
   static F quotient(F x, F scale, F) { return x / scale; }
   static F set(float x) { return x; }
   static I set(int32_t x) { return x; }
@@ -550,7 +563,7 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
     int8_t* to = out + r * tile.out_row + c;
     if constexpr (stochastic)
-      L::store(to, round_whole<CastRounding::stochastic>(t, L::load(tile.u + r * tile.u_row + c, part...)), part...);
+      L::store_stochastic(to, t, L::load(tile.u + r * tile.u_row + c, part...), part...);
     else
       L::store_nearest(to, t, part...);
   };
