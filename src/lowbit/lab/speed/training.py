@@ -41,16 +41,17 @@ class Stack(nn.Module):
 
 
 def gpt_step(kind: str, dim: int, tokens: int, batch: int, depth: int) -> Callable[[], None]:
-    """A training step with AdamW: "int8", "float32" or "bfloat16" (autocast)."""
+    """A training step with AdamW: "int8", "float32", "bfloat16" (autocast), or "int8, bfloat16 between" (int8 layers
+    under autocast: what lies between them is bfloat16)."""
     torch.manual_seed(0)
     model = Stack(dim, max(1, dim // 64), depth, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    if kind == "int8":
+    if kind.startswith("int8"):
         lowbit.attach(lowbit.apply(model, lowbit.create("int8")), optimizer)
     x, target = torch.randn(batch, tokens, dim, requires_grad=True), torch.randn(batch, tokens, dim)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in kind):
             y = model(x)
         F.mse_loss(y.float(), target).backward()
         optimizer.step()
@@ -69,7 +70,7 @@ def gpt_shape(s: Settings) -> tuple[int, int, int, int]:
 def gpt(s: Settings) -> list[Case]:
     dim, tokens, batch, depth = gpt_shape(s)
     what = f"{depth} blocks, d={dim}, T={tokens}, batch {batch}"
-    kinds = ("int8", "float32", "bfloat16")
+    kinds = ("int8", "int8, bfloat16 between", "float32", "bfloat16")
     calls: Calls = {(kind, ""): gpt_step(kind, dim, tokens, batch, depth) for kind in kinds}
     return s.run(what, calls, TARGETS["gpt"], budget=20.0)
 
@@ -85,7 +86,12 @@ def image_step(method: str, s: Settings, layout: str, amp: str = "no") -> Callab
 
 @row("resnet20", "Training step of ResNet-20, 32x32 images, batch 128 (forward, backward, SGD)")
 def resnet20(s: Settings) -> list[Case]:
-    kinds = {"int8": ("int8", "no"), "float32": ("fp32", "no"), "bfloat16": ("fp32", "bf16")}
+    kinds = {
+        "int8": ("int8", "no"),
+        "int8, bfloat16 between": ("int8", "bf16"),
+        "float32": ("fp32", "no"),
+        "bfloat16": ("fp32", "bf16"),
+    }
     calls: Calls = {
         (kind, layout): image_step(method, s, layout, amp)
         for kind, (method, amp) in kinds.items()
@@ -161,7 +167,7 @@ def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int) ->
         for layout, order in LAYOUTS.items():
             layer: nn.Module = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
             x = torch.randn(batch, inputs, size, size)
-            if kind == "int8":
+            if kind.startswith("int8"):
                 layer = lowbit.apply(layer, lowbit.create("int8"))
             elif kind == "bfloat16":
                 layer, x = layer.bfloat16(), x.bfloat16()
@@ -218,7 +224,7 @@ def saved(s: Settings) -> list[Case]:
         found = {}
         for kind in ("float32", "int8"):
             model = build()
-            if kind == "int8":
+            if kind.startswith("int8"):
                 model = lowbit.apply(model, lowbit.create("int8"))
             x = torch.randn(shape, requires_grad=True)
             found[kind] = saved_bytes(model, lambda: model(x))  # noqa: B023
