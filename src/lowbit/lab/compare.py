@@ -103,7 +103,7 @@ LAYERS = 12
 """Layers with histograms at most."""
 CURVE = 300
 """Points of a curve of training losses at most."""
-SHARED = ("data", "model", "epochs", "batch_size", "limit", "augment", "amp", "compile", "device")
+SHARED = ("data", "model", "epochs", "batch_size", "limit", "augment", "amp", "channels_last", "compile", "device")
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with {"phase": "train", "method", "seed", "run", "runs"} and what `train` reports; then with {"phase":
@@ -536,7 +536,7 @@ def stepper(config: Config, data: Data, channels_last: bool = False) -> Iterator
     model.train()
     size = int(config.batch_size or 1)
     held = [b for b, _ in zip(data.batches("train", size, limit=config.limit, device=device), range(8), strict=False)]
-    if channels_last:
+    if channels_last or config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         held = [(x.to(memory_format=torch.channels_last), y) for x, y in held]
     while True:

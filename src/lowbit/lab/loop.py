@@ -140,6 +140,8 @@ class Config:
     criterion: str | None = None
     """cross_entropy, sse or squared_hinge."""
     amp: str = "no"
+    channels_last: bool = False
+    """Images with their channels together in memory, which convolutions on a CPU like better."""
     compile: bool = False
     device: str = "auto"
     threads: int | None = None
@@ -447,6 +449,8 @@ def _train(config: Config, run: Run, data: Data, resume: bool, progress: Progres
     model = models.build(str(config.model), data.input_shape, data.classes, seed=config.seed, **config.model_options)
     torch.manual_seed(config.seed)
     lowbit.apply(model, recipe_of(config))
+    if config.channels_last:  # the layout of the weights decides that of the activations
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(config, model)
     net, prepared = accelerator.prepare(torch.compile(model) if config.compile else model, optimizer)
     lowbit.attach(model, optimizer)
