@@ -14,6 +14,7 @@
 #include "int8.h"
 #include "lowmm.h"
 #include "packing.h"
+#include "rules.h"
 #include "uniform.h"
 
 namespace lowbit {
@@ -29,6 +30,7 @@ struct Kernels {
   PackingKernels packing;
   CastKernels cast;
   Int8Kernels int8;
+  RulesKernels rules;
 };
 
 const Kernels& portable_kernels();

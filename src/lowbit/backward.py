@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import Format
+from .formats import Format, Int
+from .ops.rules import LARGEST, clip_backward, in_range_backward, step_backward
 from .serial import spec
 
 __all__ = ["Backward", "Coded", "InRange", "LearnedClip", "LearnedStep", "PassThrough", "straight_through"]
@@ -72,23 +73,50 @@ class _Masked(torch.autograd.Function):
         return (grad if mask is None else grad * mask), None, None
 
 
+class _InRange(torch.autograd.Function):
+    """Forward `q`, backward `grad` where x lies within bounds, numbers or tensors that broadcast against x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float, closed: bool) -> Tensor:
+        ctx.save_for_backward(x, *(bound for bound in (low, high) if isinstance(bound, Tensor)))
+        ctx.bounds = low if isinstance(low, float) else None, high if isinstance(high, float) else None
+        ctx.closed = closed
+        return as_output(q)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, *tensors = ctx.saved_tensors
+        (grad,) = grads
+        low, high = (tensors.pop(0) if bound is None else bound for bound in ctx.bounds)
+        if _fused(grad, x):
+            low, high = (b if isinstance(b, Tensor) else torch.tensor(b, device=x.device) for b in (low, high))
+            (g, m), back = _matrices(max(low.numel(), high.numel()), grad, x)
+            low, high = (b.to(x.dtype).reshape(-1).expand(len(m)).contiguous() for b in (low, high))
+            grad_x = back(in_range_backward(g, m, low, high, ctx.closed))
+        else:
+            grad_x = grad * ((x >= low) & (x <= high) if ctx.closed else (x > low) & (x < high))
+        return grad_x, None, None, None, None
+
+
 class _Step(torch.autograd.Function):
-    """LSQ: `q = step * round(clip(x / step))`, with the step's gradient of the paper times `gain`."""
+    """LSQ: `q = step * round(clip(x / step))`, with the step's gradient of the paper times `gain`. `grid` is None where
+    the integers can be had from `q`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         q: Tensor,
-        grid: Tensor,
+        grid: Tensor | None,
         step: Tensor,
         learned: Tensor,
         low: float,
         high: float,
         gain: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, grid, step)
+        ctx.save_for_backward(x, q if grid is None else grid, step)
         ctx.bounds = low, high, gain
+        ctx.integers = grid is None
         ctx.shape = learned.shape
         return as_output(q)
 
@@ -97,11 +125,19 @@ class _Step(torch.autograd.Function):
         x, grid, step = ctx.saved_tensors
         low, high, gain = ctx.bounds
         (grad,) = grads
-        z = x / step
-        inside = (z > low) & (z < high)
-        # section 2 of the paper: round(z) - z inside, the bound itself outside; outside, `grid` is the bound
-        slope = torch.where(inside, grid - z, grid)
-        return grad * inside, None, None, None, _by_block(grad * slope, ctx.shape) * gain, None, None, None
+        if ctx.integers and _fused(grad, x):
+            (g, m, q), back = _matrices(step.numel(), grad, x, grid)
+            grad_x, grad_step = step_backward(g, m, q, step.reshape(-1).contiguous(), low, high)
+            grad_x, grad_step = back(grad_x), grad_step.reshape(ctx.shape)
+        else:
+            z = x / step
+            if ctx.integers:
+                grid = (grid / step).clamp(low, high).round()
+            inside = (z > low) & (z < high)
+            # section 2 of the paper: round(z) - z inside, the bound itself outside; outside, `grid` is the bound
+            grad_x = grad * inside
+            grad_step = _by_block(grad * torch.where(inside, grid - z, grid), ctx.shape)
+        return grad_x, None, None, None, grad_step * gain, None, None, None
 
 
 class _Clip(torch.autograd.Function):
@@ -117,8 +153,32 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, clip = ctx.saved_tensors
         (grad,) = grads
+        if _fused(grad, x) and clip.dtype == torch.float32:
+            (g, m), back = _matrices(clip.numel(), grad, x)
+            grad_x, grad_clip = clip_backward(g, m, clip.reshape(-1).contiguous())
+            return back(grad_x), None, grad_clip.reshape(ctx.shape)
         above = x >= clip
         return grad * ((x >= 0) & ~above), None, _by_block(grad * above, ctx.shape)
+
+
+def _fused(grad: Tensor, x: Tensor) -> bool:
+    """Whether a backward pass goes to the operators of `ops/rules.py`: not where it is differentiated again, nor where
+    the compiler fuses it by itself."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+        return False
+    return grad.dtype == x.dtype == torch.float32
+
+
+def _matrices(blocks: int, *tensors: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """Tensors of one shape as contiguous matrices `(blocks, n)`, in the order of the last one's memory if there is one
+    block, and the way back."""
+    shape, order = tensors[-1].shape, list(range(tensors[-1].dim()))
+    if blocks == 1:
+        order.sort(key=tensors[-1].stride, reverse=True)
+    moved = [t.permute(order) for t in tensors]
+    inverse = [order.index(d) for d in range(len(shape))]
+    rows = [m.contiguous().view(blocks, -1) for m in moved]
+    return rows, lambda m: m.view(moved[0].shape).permute(inverse)
 
 
 def _by_block(x: Tensor, shape: torch.Size) -> Tensor:
@@ -168,10 +228,9 @@ class InRange(Backward):
 
     def connect(self, x: Tensor, q: Tensor, coded: Coded, learned: Tensor | None, gain: float) -> Tensor:
         fmt, shift = coded.format, 0 if coded.zero is None else coded.zero
-        low = (fmt.min - self.margin - shift) * coded.scale if self.low is None else self.low
-        high = (fmt.max + self.margin - shift) * coded.scale if self.high is None else self.high
-        mask = (x >= low) & (x <= high) if self.closed else (x > low) & (x < high)
-        return straight_through(x, q, mask)
+        low = (fmt.min - self.margin - shift) * coded.scale if self.low is None else float(self.low)
+        high = (fmt.max + self.margin - shift) * coded.scale if self.high is None else float(self.high)
+        return _InRange.apply(x, q, low, high, self.closed)
 
 
 @spec
@@ -182,7 +241,10 @@ class LearnedStep(Backward):
     learns = True
 
     def connect(self, x: Tensor, q: Tensor, coded: Coded, learned: Tensor | None, gain: float) -> Tensor:
-        return _Step.apply(x, q, coded.grid, coded.scale, learned, coded.format.min, coded.format.max, gain)
+        fmt = coded.format
+        low, high = float(fmt.min), float(fmt.max)
+        plain = isinstance(fmt, Int) and coded.zero is None and -LARGEST <= low and high <= LARGEST
+        return _Step.apply(x, q, None if plain else coded.grid, coded.scale, learned, low, high, gain)
 
 
 @spec

@@ -197,5 +197,6 @@ def test_steps_that_start_three_times_too_large_shrink_and_two_bits_reach_float(
     optimizer = lowbit.attach(model.train(), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
     accuracy = train(model, optimizer, 150)
     assert full > 0.93 and broken < 0.85, (full, broken)
-    assert accuracy > 0.935, accuracy  # 0.950; with the steps held where they are 0.921
+    # 0.933 to 0.97, by the last bits of the sums; with the steps held where they are 0.921
+    assert accuracy > 0.928, accuracy
     assert all(q.learned.item() < 0.8 * old for q, old in zip(slots, before, strict=True))
