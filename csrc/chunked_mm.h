@@ -14,23 +14,35 @@ struct Minifloat {
   bool wide;           // M would not be a usable float32: round on the bits instead
 };
 
-// out (rows, columns) = a (rows, depth) * b (depth, columns), any strides, in elements.
+// out (rows, columns) = a (rows, depth) * b (depth, columns). Element (i, k) of a is a[a_rows[i] + a_depths[k]], and so
+// on: rows, depth and columns may each run over several axes of a tensor.
 struct ChunkedMm {
   const float* a;
   const float* b;
   float* out;
   int64_t rows, depth, columns;
-  int64_t a_row, a_depth, b_depth, b_column, out_row, out_column;
+  const int64_t* a_rows;
+  const int64_t* a_depths;
+  const int64_t* b_depths;
+  const int64_t* b_columns;
+  int64_t out_row, out_column;
   int64_t chunk;
   Minifloat format;
+  bool tame;  // no NaN, no sum that saturates, products exact in float32: see tame() in chunked_mm_ops.cpp
+};
+
+// One slab of a panel of columns: it starts at `column`, its depth [begin, end) is whole chunks but for the last.
+struct ChunkedSlab {
+  int64_t column, begin, end;
+  const float* packed;  // (end - begin) * panel_columns floats, filled by pack_slab
+  float* sums;          // sums over the chunks before, panel_columns for each row from row_begin on
 };
 
 struct ChunkedKernels {
   int64_t panel_columns;  // columns of `out` that one panel covers
-  // rows [row_begin, row_end) of the panel of columns that starts at `column`; `packed` is depth * panel_columns floats,
-  // filled by pack_panel
-  void (*pack_panel)(const ChunkedMm&, int64_t column, float* packed);
-  void (*multiply)(const ChunkedMm&, int64_t column, int64_t row_begin, int64_t row_end, const float* packed);
+  void (*pack_slab)(const ChunkedMm&, const ChunkedSlab&, float* packed);
+  // rows [row_begin, row_end)
+  void (*multiply)(const ChunkedMm&, const ChunkedSlab&, int64_t row_begin, int64_t row_end);
 };
 
 }  // namespace lowbit

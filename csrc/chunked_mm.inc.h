@@ -19,6 +19,7 @@ struct RoundByMagic {
         exponent(Vec::set(int32_t(0x7f800000))),
         lowest(Vec::set(f.lowest_bits)),
         magic(Vec::set(f.magic_bits)) {}
+  Vec::F operator()(Vec::F s, Vec::F a, Vec::F b) const { return (*this)(Vec::add(s, Vec::mul(a, b))); }
   Vec::F operator()(Vec::F x) const {
     x = Vec::clamp(x, largest);
     const Vec::I power = Vec::larger(Vec::bit_and(Vec::as_int(x), exponent), lowest);
@@ -41,6 +42,7 @@ struct RoundByBits {
         half(Vec::set(int32_t(f.mantissa < 23 ? (1 << (22 - f.mantissa)) - 1 : 0))),
         keep(Vec::set(int32_t(-(1 << (23 - f.mantissa))))),
         shift(23 - f.mantissa) {}
+  Vec::F operator()(Vec::F s, Vec::F a, Vec::F b) const { return (*this)(Vec::add(s, Vec::mul(a, b))); }
   Vec::F operator()(Vec::F x) const {
     x = Vec::clamp(x, largest);
     const Vec::I bits = Vec::as_int(x);
@@ -51,71 +53,111 @@ struct RoundByBits {
   }
 };
 
-void pack_panel(const ChunkedMm& job, int64_t column, float* packed) {
-  const int64_t width = job.columns - column < panel_columns ? job.columns - column : panel_columns;
-  const float* source = job.b + column * job.b_column;
-  for (int64_t k = 0; k < job.depth; ++k, source += job.b_depth, packed += panel_columns) {
-    for (int64_t j = 0; j < width; ++j) packed[j] = source[j * job.b_column];
+// As RoundByMagic for tame operands. M = 1.5 * 2^(23 - mantissa) * 2^e is exact, so x + M and the subtraction of M may
+// each be one fused multiply-add; so may the sum with a product that is exact.
+struct RoundTame {
+#if defined(__AVX512F__)
+  __m512 factor;
+  __m512i exponent, lowest;
+  explicit RoundTame(const Minifloat& f)
+      : factor(_mm512_castsi512_ps(_mm512_set1_epi32((127 << 23) + f.magic_bits))),
+        exponent(_mm512_set1_epi32(0x7f800000)),
+        lowest(_mm512_set1_epi32(f.lowest_bits)) {}
+  Vec::F operator()(Vec::F s, Vec::F a, Vec::F b) const { return (*this)(_mm512_fmadd_ps(a, b, s)); }
+  Vec::F operator()(Vec::F x) const {
+    const __m512i e = _mm512_and_si512(_mm512_castps_si512(x), exponent);
+    const __m512 power = _mm512_castsi512_ps(_mm512_max_epi32(e, lowest));
+    return _mm512_fnmadd_ps(power, factor, _mm512_fmadd_ps(power, factor, x));
+  }
+#else
+  Vec::I exponent, lowest, magic;
+  explicit RoundTame(const Minifloat& f)
+      : exponent(Vec::set(int32_t(0x7f800000))), lowest(Vec::set(f.lowest_bits)), magic(Vec::set(f.magic_bits)) {}
+  Vec::F operator()(Vec::F s, Vec::F a, Vec::F b) const { return (*this)(Vec::add(s, Vec::mul(a, b))); }
+  Vec::F operator()(Vec::F x) const {
+    const Vec::I power = Vec::larger(Vec::bit_and(Vec::as_int(x), exponent), lowest);
+    const Vec::F m = Vec::as_float(Vec::add(power, magic));
+    return Vec::sub(Vec::add(x, m), m);
+  }
+#endif
+};
+
+void pack_slab(const ChunkedMm& job, const ChunkedSlab& slab, float* packed) {
+  const int64_t left = job.columns - slab.column, width = left < panel_columns ? left : panel_columns;
+  const int64_t* columns = job.b_columns + slab.column;
+  for (int64_t k = slab.begin; k < slab.end; ++k, packed += panel_columns) {
+    const float* source = job.b + job.b_depths[k];
+    for (int64_t j = 0; j < width; ++j) packed[j] = source[columns[j]];
     for (int64_t j = width; j < panel_columns; ++j) packed[j] = 0.0f;
   }
 }
 
 template <int Rows, int Vectors, class Round>
-inline void tile(const ChunkedMm& job, int64_t column, int64_t row, const float* packed, const Round& round) {
+inline void tile(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, float* sums, const Round& round) {
   const float* a[Rows];
-  for (int i = 0; i < Rows; ++i) a[i] = job.a + (row + i) * job.a_row;
+  for (int i = 0; i < Rows; ++i) a[i] = job.a + job.a_rows[row + i];
+  const int64_t* depths = job.a_depths;
   Vec::F t[Rows][Vectors], s[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) t[i][j] = Vec::set(0.0f);
-  for (int64_t begin = 0; begin < job.depth;) {
-    const int64_t end = job.depth - begin > job.chunk ? begin + job.chunk : job.depth;
+    for (int j = 0; j < Vectors; ++j)
+      t[i][j] = slab.begin == 0 ? Vec::set(0.0f) : Vec::load(sums + i * panel_columns + j * Vec::lanes);
+  const float* packed = slab.packed;
+  for (int64_t begin = slab.begin; begin < slab.end;) {
+    const int64_t end = slab.end - begin > job.chunk ? begin + job.chunk : slab.end;
     for (int i = 0; i < Rows; ++i)
       for (int j = 0; j < Vectors; ++j) s[i][j] = Vec::set(0.0f);
-    for (int64_t k = begin; k < end; ++k) {
+    for (int64_t k = begin; k < end; ++k, packed += panel_columns) {
       Vec::F b[Vectors];
-      for (int j = 0; j < Vectors; ++j) b[j] = Vec::load(packed + k * panel_columns + j * Vec::lanes);
+      for (int j = 0; j < Vectors; ++j) b[j] = Vec::load(packed + j * Vec::lanes);
+      const int64_t at = depths[k];
       for (int i = 0; i < Rows; ++i) {
-        const Vec::F x = Vec::set(a[i][k * job.a_depth]);
-        for (int j = 0; j < Vectors; ++j) s[i][j] = round(Vec::add(s[i][j], Vec::mul(x, b[j])));
+        const Vec::F x = Vec::set(a[i][at]);
+        for (int j = 0; j < Vectors; ++j) s[i][j] = round(s[i][j], x, b[j]);
       }
     }
     for (int i = 0; i < Rows; ++i)
       for (int j = 0; j < Vectors; ++j) t[i][j] = round(Vec::add(t[i][j], s[i][j]));
     begin = end;
   }
+  if (slab.end < job.depth) {
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) Vec::store(sums + i * panel_columns + j * Vec::lanes, t[i][j]);
+    return;
+  }
   for (int i = 0; i < Rows; ++i) {
     float line[Vectors * Vec::lanes];
     for (int j = 0; j < Vectors; ++j) Vec::store(line + j * Vec::lanes, Vec::nan_or(t[i][j], t[i][j]));
-    float* out = job.out + (row + i) * job.out_row + column * job.out_column;
-    const int64_t left = job.columns - column;
+    float* out = job.out + (row + i) * job.out_row + slab.column * job.out_column;
+    const int64_t left = job.columns - slab.column;
     const int64_t width = left < Vectors * Vec::lanes ? left : Vectors * Vec::lanes;
     for (int64_t j = 0; j < width; ++j) out[j * job.out_column] = line[j];
   }
 }
 
 template <int Vectors, class Round>
-void rows_of_panel(const ChunkedMm& job, int64_t column, int64_t row, int64_t row_end, const float* packed,
-                   const Round& round) {
+void rows_of_slab(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, int64_t row_end, const Round& round) {
   constexpr int most = Vectors == 1 ? 8 : 4;
-  for (; row + most <= row_end; row += most) tile<most, Vectors>(job, column, row, packed, round);
-  for (; row + 2 <= row_end; row += 2) tile<2, Vectors>(job, column, row, packed, round);
-  for (; row < row_end; ++row) tile<1, Vectors>(job, column, row, packed, round);
+  float* sums = slab.sums;
+  for (; row + most <= row_end; row += most, sums += most * panel_columns)
+    tile<most, Vectors>(job, slab, row, sums, round);
+  for (; row + 2 <= row_end; row += 2, sums += 2 * panel_columns) tile<2, Vectors>(job, slab, row, sums, round);
+  for (; row < row_end; ++row, sums += panel_columns) tile<1, Vectors>(job, slab, row, sums, round);
 }
 
-void chunked_mm(const ChunkedMm& job, int64_t column, int64_t row, int64_t row_end, const float* packed) {
-  const bool narrow = job.columns - column <= Vec::lanes;
-  if (job.format.wide) {
-    const RoundByBits round(job.format);
-    if (narrow) rows_of_panel<1>(job, column, row, row_end, packed, round);
-    else rows_of_panel<2>(job, column, row, row_end, packed, round);
-  } else {
-    const RoundByMagic round(job.format);
-    if (narrow) rows_of_panel<1>(job, column, row, row_end, packed, round);
-    else rows_of_panel<2>(job, column, row, row_end, packed, round);
-  }
+template <class Round>
+void multiply_slab(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, int64_t row_end) {
+  const Round round(job.format);
+  if (job.columns - slab.column <= Vec::lanes) rows_of_slab<1>(job, slab, row, row_end, round);
+  else rows_of_slab<2>(job, slab, row, row_end, round);
 }
 
-constexpr ChunkedKernels chunked_kernels = {panel_columns, pack_panel, chunked_mm};
+void chunked_mm(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, int64_t row_end) {
+  if (job.format.wide) multiply_slab<RoundByBits>(job, slab, row, row_end);
+  else if (job.tame) multiply_slab<RoundTame>(job, slab, row, row_end);
+  else multiply_slab<RoundByMagic>(job, slab, row, row_end);
+}
+
+constexpr ChunkedKernels chunked_kernels = {panel_columns, pack_slab, chunked_mm};
 
 }  // namespace
 }  // namespace lowbit

@@ -33,50 +33,143 @@ lowbit::Minifloat minifloat(int64_t exponent, int64_t mantissa, int64_t bias) {
   return f;
 }
 
-Tensor chunked_mm(const Tensor& a, const Tensor& b, int64_t chunk, int64_t exponent, int64_t mantissa, int64_t bias) {
+// Where the elements lie along the axes [first, last) taken as one, in elements from the first.
+std::vector<int64_t> offsets(const Tensor& x, int64_t first, int64_t last) {
+  std::vector<int64_t> result(1, 0);
+  for (int64_t axis = first; axis < last; ++axis) {
+    std::vector<int64_t> longer;
+    longer.reserve(result.size() * size_t(x.size(axis)));
+    for (int64_t offset : result)
+      for (int64_t i = 0; i < x.size(axis); ++i) longer.push_back(offset + i * x.stride(axis));
+    result.swap(longer);
+  }
+  return result;
+}
+
+// What the elements of an operand have in common, seen in its memory: they lie within `reach` elements from the first.
+struct Elements {
+  uint32_t bits = 0;                            // all bits of magnitudes, or'ed
+  uint32_t largest = 0, smallest = 0x7f800000;  // magnitudes as bits; the smallest one but 0
+};
+
+Elements elements(const Tensor& x) {
+  int64_t reach = 1;
+  for (int64_t axis = 0; axis < x.dim(); ++axis) reach += (x.size(axis) - 1) * x.stride(axis);
+  const float* data = x.const_data_ptr<float>();
+  constexpr int64_t piece = 1 << 15;
+  const int64_t pieces = (reach + piece - 1) / piece;
+  std::vector<Elements> parts(static_cast<size_t>(pieces));
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      uint32_t bits = 0, largest = 0, smallest = 0x7f800000;
+      const int64_t last = std::min(reach, (p + 1) * piece);
+      for (int64_t i = p * piece; i < last; ++i) {
+        uint32_t word;
+        std::memcpy(&word, data + i, sizeof word);
+        word &= 0x7fffffff;
+        bits |= word;
+        largest = std::max(largest, word);
+        smallest = std::min(smallest, word == 0 ? 0x7f800000u : word);
+      }
+      parts[size_t(p)] = {bits, largest, smallest};
+    }
+  });
+  Elements all;
+  for (const Elements& part : parts) {
+    all.bits |= part.bits;
+    all.largest = std::max(all.largest, part.largest);
+    all.smallest = std::min(all.smallest, part.smallest);
+  }
+  return all;
+}
+
+double value_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Whether the sums need neither the cut at the largest number nor a rounding of each product: operands of at most 12
+// significant bits, products above float32's subnormal numbers, and a bound on every partial sum. A rounding adds at
+// most 2^-mantissa of its argument or the smallest number, so a sum of n terms up to t stays below
+// n (t + smallest) exp(n 2^-mantissa).
+bool tame(const lowbit::ChunkedMm& job, const Tensor& a, const Tensor& b) {
+  const Elements x = elements(a), y = elements(b);
+  if (((x.bits | y.bits) & 0xfff) != 0 || x.largest >= 0x7f800000 || y.largest >= 0x7f800000) return false;
+  if (value_of(x.smallest) * value_of(y.smallest) < 0x1p-100) return false;
+  const double smallest = std::ldexp(value_of(uint32_t(job.format.lowest_bits)), int(-job.format.mantissa));
+  const double growth = std::ldexp(1.0, int(-job.format.mantissa));
+  const double chunk = double(std::min(job.chunk, job.depth)), chunks = std::ceil(double(job.depth) / chunk);
+  const double term = value_of(x.largest) * value_of(y.largest);
+  const double inner = chunk * (term + smallest) * std::exp(growth * chunk);
+  return chunks * (inner + smallest) * std::exp(growth * chunks) < 0.5 * double(job.format.largest);
+}
+
+Tensor chunked_mm(const Tensor& a, const Tensor& b, int64_t chunk, int64_t exponent, int64_t mantissa, int64_t bias,
+                  int64_t row_axes, int64_t depth_axes) {
   const lowbit::Kernels& isa = lowbit::kernels();
   const lowbit::ChunkedKernels& kernels = isa.chunked;
   STD_TORCH_CHECK(a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float,
                   "chunked_mm needs float32 operands");
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "chunked_mm needs a (M, K) and b (K, N)");
+  STD_TORCH_CHECK(row_axes >= 0 && row_axes <= a.dim() && depth_axes >= 0 && depth_axes <= b.dim() &&
+                      a.dim() - row_axes == depth_axes,
+                  "chunked_mm needs a (rows..., depth...) and b (depth..., columns...)");
+  for (int64_t axis = 0; axis < depth_axes; ++axis)
+    STD_TORCH_CHECK(a.size(row_axes + axis) == b.size(axis), "chunked_mm needs a (M, K) and b (K, N)");
   STD_TORCH_CHECK(chunk >= 1, "chunk must be at least 1, got ", chunk);
-  const int64_t shape[2] = {a.size(0), b.size(1)};
+  std::vector<int64_t> a_rows = offsets(a, 0, row_axes), a_depths = offsets(a, row_axes, a.dim());
+  std::vector<int64_t> b_depths = offsets(b, 0, depth_axes), b_columns = offsets(b, depth_axes, b.dim());
+  const int64_t shape[2] = {int64_t(a_rows.size()), int64_t(b_columns.size())};
   Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
   lowbit::ChunkedMm job;
   job.format = minifloat(exponent, mantissa, bias);
   if (shape[0] == 0 || shape[1] == 0) return out;
   job.a = a.const_data_ptr<float>(), job.b = b.const_data_ptr<float>(), job.out = out.mutable_data_ptr<float>();
-  job.rows = shape[0], job.depth = a.size(1), job.columns = shape[1];
-  job.a_row = a.stride(0), job.a_depth = a.stride(1), job.b_depth = b.stride(0), job.b_column = b.stride(1);
+  job.rows = shape[0], job.depth = int64_t(a_depths.size()), job.columns = shape[1];
+  job.a_rows = a_rows.data(), job.a_depths = a_depths.data();
+  job.b_depths = b_depths.data(), job.b_columns = b_columns.data();
   job.out_row = shape[1], job.out_column = 1;
   job.chunk = chunk;
+  if (job.depth == 0) {
+    std::memset(job.out, 0, size_t(job.rows * job.columns) * sizeof(float));
+    return out;
+  }
+  job.tame = !job.format.wide && tame(job, a, b);
   // vectors run along the columns: where there are few, compute the transposed product (a * b = b * a, bit for bit)
   if (job.columns < isa.lanes && job.rows > job.columns) {
     std::swap(job.a, job.b);
     std::swap(job.rows, job.columns);
-    std::swap(job.a_row, job.b_column);
-    std::swap(job.a_depth, job.b_depth);
+    std::swap(job.a_rows, job.b_columns);
+    std::swap(job.a_depths, job.b_depths);
     std::swap(job.out_row, job.out_column);
   }
+  // a slab of a panel is one chunk, or fills half a megabyte at most: what is packed stays in the cache until it has met all rows
+  const int64_t length = std::min(job.chunk, job.depth);
+  const int64_t slab_depth = std::min(job.depth, std::max<int64_t>(1, 4096 / length) * length);
   // tasks: panels of columns, each cut into blocks of rows only as far as the threads need it, because every thread
   // that works on a panel packs it once
   const int64_t panels = (job.columns + kernels.panel_columns - 1) / kernels.panel_columns;
   const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  const int64_t cuts = std::max<int64_t>(1, std::min((wanted + panels - 1) / panels, job.rows / 32));
-  const int64_t block = (job.rows + cuts - 1) / cuts;
+  const int64_t cuts = std::max<int64_t>(1, std::min((wanted + panels - 1) / panels, job.rows / 8));
+  const int64_t block = (job.rows + 8 * cuts - 1) / (8 * cuts) * 8;
   const int64_t cost = std::max<int64_t>(1, block * kernels.panel_columns * job.depth);  // multiply-adds of a task
   constexpr int64_t worth_a_thread = 1 << 16;                                            // about 10 microseconds
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
   torch::stable::parallel_for(0, panels * cuts, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> packed(size_t(job.depth * kernels.panel_columns));
-    int64_t panel_in_place = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / cuts, row = task % cuts * block;
-      const int64_t row_end = std::min(job.rows, row + block);
+    std::vector<float> packed(size_t(slab_depth * kernels.panel_columns)), sums;
+    for (int64_t task = begin; task < end;) {
+      const int64_t panel = task / cuts, next = std::min(end, (panel + 1) * cuts);  // all of the range on this panel
+      const int64_t row = std::min(job.rows, task % cuts * block);
+      const int64_t row_end = std::min(job.rows, ((next - 1) % cuts + 1) * block);
+      task = next;
       if (row >= row_end) continue;
-      if (panel != panel_in_place) kernels.pack_panel(job, panel * kernels.panel_columns, packed.data());
-      panel_in_place = panel;
-      kernels.multiply(job, panel * kernels.panel_columns, row, row_end, packed.data());
+      if (slab_depth < job.depth) sums.resize(size_t((row_end - row) * kernels.panel_columns));
+      for (int64_t first = 0; first < job.depth; first += slab_depth) {
+        const lowbit::ChunkedSlab slab = {panel * kernels.panel_columns, first, std::min(job.depth, first + slab_depth),
+                                          packed.data(), sums.data()};
+        kernels.pack_slab(job, slab, packed.data());
+        kernels.multiply(job, slab, row, row_end);
+      }
     }
   });
   return out;

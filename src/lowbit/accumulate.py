@@ -19,7 +19,7 @@ from .blocks import PerChannel, PerGroup, PerRow, PerTensor, PerTile
 from .formats import Int
 from .ops.chunked import chunked_mm
 from .ops.int8_mm import int8_mm
-from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
+from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps, Views
 from .quantizer import Quantizer
 from .recipe import Chunked, Float32, Int32
 
@@ -51,10 +51,11 @@ def multiply(
         fmt = accumulator.format
         bias = 2 ** (fmt.exponent - 1) - 1 if fmt.bias is None else fmt.bias
 
-        def chunked(a: Tensor, b: Tensor) -> Tensor:
-            return chunked_mm(a.float(), b.float(), accumulator.chunk, fmt.exponent, fmt.mantissa, bias)
+        def chunked(a: Tensor, b: Tensor, row_axes: int, depth_axes: int) -> Tensor:
+            arguments = accumulator.chunk, fmt.exponent, fmt.mantissa, bias, row_axes, depth_axes
+            return chunked_mm(a.float(), b.float(), *arguments)
 
-        return function(left.values, right.values, chunked).to(left.values.dtype)
+        return function(left.values, right.values, Views(chunked)).to(left.values.dtype)
     where = f"{name}.{which}"
     codes = _codes(left, where), _codes(right, where)
     scale = _scale(ops, which, "left", left, where) * _scale(ops, which, "right", right, where)

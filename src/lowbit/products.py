@@ -15,9 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConvProduct", "ConvTransposeProduct", "LinearProduct", "MatmulProduct", "ProductOps"]
+__all__ = ["ConvProduct", "ConvTransposeProduct", "LinearProduct", "MatmulProduct", "ProductOps", "Views"]
 
 MM = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """An `mm` that takes its operands as views: `function(a, b, row_axes, depth_axes)`, where M is the first `row_axes`
+    axes of a, taken as one, and K the first `depth_axes` of b. Patches of a convolution need no copy then."""
+
+    function: Callable[[Tensor, Tensor, int, int], Tensor]
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.function(a, b, 1, 1)
+
+
+def _mm(mm: MM, a: Tensor, row_axes: int, b: Tensor, depth_axes: int) -> Tensor:
+    """`mm` of operands with several axes."""
+    if isinstance(mm, Views):
+        return mm.function(a, b, row_axes, depth_axes)
+    left = a.reshape(_count(a.shape[:row_axes]), _count(a.shape[row_axes:]))
+    return mm(left, b.reshape(_count(b.shape[:depth_axes]), _count(b.shape[depth_axes:])))
 
 
 class ProductOps(Protocol):
@@ -106,10 +125,12 @@ class ConvProduct:
             return torch.ops.aten.convolution(
                 a, w, None, self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
             )
-        cols, spatial = self._columns(a)
-        weights = w.reshape(self.groups, w.shape[0] // self.groups, -1)
-        parts = [mm(c, g.t()) for c, g in zip(cols, weights, strict=True)]
-        return _from_rows(torch.cat(parts, 1), a.shape[0], spatial)
+        nd = len(self.stride)
+        patches = self._patches(a)
+        weights = w.unflatten(0, (self.groups, -1)).movedim(1, -1)  # (groups, C / groups, kernel, out / groups)
+        parts = [_mm(mm, p, 1 + nd, g, 1 + nd) for p, g in zip(patches, weights, strict=True)]
+        rows = parts[0] if self.groups == 1 else torch.cat(parts, 1)
+        return rows.reshape(*patches.shape[1 : 2 + nd], -1).movedim(-1, 1)
 
     def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
@@ -134,26 +155,24 @@ class ConvProduct:
     def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
             return self._backward(e, a, e.new_empty(1).expand(self.w_shape), [False, True, False])[1]
-        cols, _ = self._columns(a)  # K runs over (sample, position)
-        rows = e.transpose(0, 1).reshape(self.groups, e.shape[1] // self.groups, -1)
-        return torch.cat([mm(r, c) for r, c in zip(rows, cols, strict=True)]).reshape(self.w_shape)
+        depth = 1 + len(self.stride)  # K runs over (sample, position)
+        errors = e.transpose(0, 1).unflatten(0, (self.groups, -1))
+        parts = [_mm(mm, r, 1, p, depth) for r, p in zip(errors, self._patches(a), strict=True)]
+        return torch.cat(parts).reshape(self.w_shape)
 
     def _backward(self, e: Tensor, a: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor]:
         """PyTorch's backward; of an operand that is not multiplied only the shape counts."""
         geometry = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups)
         return torch.ops.aten.convolution_backward(e, a, w, None, *geometry, wanted)
 
-    def _columns(self, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Patches `(groups, N * positions, C / groups * kernel)` and the output's spatial shape."""
-        pads = [p for q in reversed(self.padding) for p in (q, q)]
-        x = F.pad(a, pads)
+    def _patches(self, a: Tensor) -> Tensor:
+        """Patches `(groups, N, positions, C / groups, kernel)`, a view of the padded operand."""
+        x = F.pad(a, [p for q in reversed(self.padding) for p in (q, q)]) if any(self.padding) else a
         for axis, (k, s, d) in enumerate(zip(self.w_shape[2:], self.stride, self.dilation, strict=True)):
             x = x.unfold(axis + 2, (k - 1) * d + 1, s)[..., ::d]
-        n, c, nd = a.shape[0], a.shape[1], len(self.stride)
-        spatial = tuple(x.shape[2 : 2 + nd])
-        x = x.reshape(n, self.groups, c // self.groups, *x.shape[2:])
-        x = x.permute(1, 0, *range(3, 3 + nd), 2, *range(3 + nd, 3 + 2 * nd))
-        return x.reshape(self.groups, n * _count(spatial), -1), spatial
+        nd = len(self.stride)
+        x = x.unflatten(1, (self.groups, -1))  # (N, groups, C / groups, positions, kernel)
+        return x.permute(1, 0, *range(3, 3 + nd), 2, *range(3 + nd, 3 + 2 * nd))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +225,6 @@ def _count(shape: Sequence[int]) -> int:
     for n in shape:
         total *= n
     return total
-
-
-def _from_rows(rows: Tensor, n: int, spatial: tuple[int, ...]) -> Tensor:
-    return rows.reshape(n, *spatial, rows.shape[-1]).movedim(-1, 1)
 
 
 def _spread(e: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -288,3 +288,41 @@ def test_uniform_strided_key_and_errors() -> None:
     assert same_bits(torch.ops.lowbit.uniform(key, [50]), torch.ops.lowbit.uniform(key.clone(), [50]))
     with pytest.raises(RuntimeError, match="key"):
         torch.ops.lowbit.uniform(torch.tensor([1, 2]), [3])
+
+
+def eight_bits(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(torch.float8_e5m2).float()
+
+
+@pytest.mark.parametrize("isa", backends.compiled_isas())
+@pytest.mark.parametrize("scale", [1.0, 2.0**-14, 3e4])
+def test_few_bits_and_long_sums(isa, scale):
+    # operands of few bits leave out the saturation where it can't happen; depths beyond 4096 go in slabs
+    for rows, depth, columns in ((9, 100, 17), (3, 9001, 33), (40, 5000, 5)):
+        a, b = eight_bits((rows, depth), 1, scale), eight_bits((depth, columns), 2, scale)
+        expected = backends.definition("lowbit::chunked_mm")(a, b, 64, 6, 9, 31)
+        with backends.using_isa(isa):
+            assert same_bits(chunked_mm(a, b), expected), (rows, depth, columns)
+            a[1, 7] = math.nan
+            assert chunked_mm(a, b)[1].isnan().all()
+
+
+@pytest.mark.parametrize("isa", backends.compiled_isas())
+def test_operands_of_several_axes(isa):
+    x, w = eight_bits((2, 3, 9, 8), 3), eight_bits((5, 3, 3, 3), 4)
+    patches = x.unfold(2, 3, 2).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5)  # overlapping
+    left, right = patches.reshape(-1, 27), w.reshape(5, 27).t()
+    error = eight_bits((left.shape[0], 5), 5)
+    spread = error.view(*patches.shape[:3], 5).permute(3, 0, 1, 2)
+    define = backends.definition("lowbit::chunked_mm")
+    with backends.using_isa(isa):
+        out = chunked_mm(patches, w.permute(1, 2, 3, 0), 8, row_axes=3, depth_axes=3)
+        assert same_bits(out, define(left, right, 8, 6, 9, 31))
+        grad = chunked_mm(spread, patches, 8, depth_axes=3)
+        assert same_bits(grad, define(error.t(), left, 8, 6, 9, 31))
+    torch.library.opcheck(
+        torch.ops.lowbit.chunked_mm.default, (patches, w.permute(1, 2, 3, 0).contiguous(), 8, 6, 9, 31, 3, 3)
+    )
+    with pytest.raises(ValueError, match="chunked_mm needs matrices, got a of shape .* with 6 leading axes"):
+        chunked_mm(patches, w, row_axes=6)

@@ -16,6 +16,8 @@ of FP8 operands do.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,8 +49,12 @@ def round_minifloat(x: Tensor, exponent: int, mantissa: int, bias: int) -> Tenso
     return ((x + m) - m).to(torch.float32)
 
 
-def _definition(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int) -> Tensor:
-    _check(a, b, chunk, exponent, mantissa, bias)
+def _definition(
+    a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int, row_axes: int = 1, depth_axes: int = 1
+) -> Tensor:
+    _check(a, b, chunk, exponent, mantissa, bias, row_axes, depth_axes)
+    a = a.reshape(math.prod(a.shape[:row_axes]), math.prod(a.shape[row_axes:]))
+    b = b.reshape(math.prod(b.shape[:depth_axes]), math.prod(b.shape[depth_axes:]))
     (rows, depth), columns = a.shape, b.shape[1]
     if 0 in (rows, depth, columns):
         return a.new_zeros(rows, columns)
@@ -75,27 +81,41 @@ def _definition(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, 
 _op = Operator(
     "lowbit::chunked_mm",
     _definition,
-    "(Tensor a, Tensor b, int chunk, int exponent, int mantissa, int bias) -> Tensor",
+    "(Tensor a, Tensor b, int chunk, int exponent, int mantissa, int bias, int row_axes=1, int depth_axes=1) -> Tensor",
 )
 
 
 @_op.register_fake
-def _(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int) -> Tensor:
-    _check(a, b, chunk, exponent, mantissa, bias)
-    return a.new_empty(a.shape[0], b.shape[1])
+def _(
+    a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int, row_axes: int = 1, depth_axes: int = 1
+) -> Tensor:
+    _check(a, b, chunk, exponent, mantissa, bias, row_axes, depth_axes)
+    return a.new_empty(math.prod(a.shape[:row_axes]), math.prod(b.shape[depth_axes:]))
 
 
 declare("lowbit::chunked_mm", _definition, {"cpu": "C++"})
 
 
-def chunked_mm(a: Tensor, b: Tensor, chunk: int = 64, exponent: int = 6, mantissa: int = 9, bias: int = 31) -> Tensor:
+def chunked_mm(
+    a: Tensor,
+    b: Tensor,
+    chunk: int = 64,
+    exponent: int = 6,
+    mantissa: int = 9,
+    bias: int = 31,
+    row_axes: int = 1,
+    depth_axes: int = 1,
+) -> Tensor:
     """a (M, K) times b (K, N), float32, accumulated in chunks in a minifloat; the defaults are the paper's.
+
+    M is the first `row_axes` axes of a, taken as one, and K the first `depth_axes` of b: the patches of a convolution,
+    a view of its input, need no copy.
 
     Not differentiable: a layer states its three products itself. Slower than `torch.mm` at every size,
     because it rounds after each addition: it is there to study accumulators, not for speed.
     """
-    _check(a, b, chunk, exponent, mantissa, bias)
-    return torch.ops.lowbit.chunked_mm(a, b, chunk, exponent, mantissa, bias)
+    _check(a, b, chunk, exponent, mantissa, bias, row_axes, depth_axes)
+    return torch.ops.lowbit.chunked_mm(a, b, chunk, exponent, mantissa, bias, row_axes, depth_axes)
 
 
 def _check_format(exponent: int, mantissa: int, bias: int) -> None:
@@ -108,13 +128,16 @@ def _check_format(exponent: int, mantissa: int, bias: int) -> None:
         raise ValueError(f"bias must be {lowest} to {highest} with {exponent} exponent bits, got {bias}")
 
 
-def _check(a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int) -> None:
-    for name, x in (("a", a), ("b", b)):
+def _check(
+    a: Tensor, b: Tensor, chunk: int, exponent: int, mantissa: int, bias: int, row_axes: int, depth_axes: int
+) -> None:
+    for name, x, axes in (("a", a, row_axes), ("b", b, depth_axes)):
         if x.dtype != torch.float32:
             raise TypeError(f"chunked_mm needs float32 operands, got {name} of {x.dtype}")
-        if x.dim() != 2:
-            raise ValueError(f"chunked_mm needs matrices, got {name} of shape {tuple(x.shape)}")
-    if a.shape[1] != b.shape[0]:
+        if not 1 <= axes < x.dim() or (row_axes == depth_axes == 1 and x.dim() != 2):
+            more = "" if axes == 1 else f" with {axes} leading axes"
+            raise ValueError(f"chunked_mm needs matrices, got {name} of shape {tuple(x.shape)}{more}")
+    if a.shape[row_axes:] != b.shape[:depth_axes]:
         raise ValueError(f"chunked_mm needs a (M, K) and b (K, N), got shapes {tuple(a.shape)} and {tuple(b.shape)}")
     if a.device != b.device:
         raise ValueError(f"chunked_mm needs operands on one device, got {a.device} and {b.device}")
