@@ -25,6 +25,7 @@ from torch import Tensor
 from lowbit import formats
 from lowbit.ops import backends
 from lowbit.ops.cast import cast_arguments
+from lowbit.ops.fingerprint import WEIGHTS
 from lowbit.ops.int8_mm import SAFE
 from lowbit.ops.pack import SUB_BYTE
 from lowbit.rounding import ROUNDINGS
@@ -388,6 +389,16 @@ def _(r: Draw) -> tuple[Any, ...]:
     return x, weight, scale, bits, r.randrange(1 << bits), group
 
 
+@generator("lowbit::fingerprint")
+def _(r: Draw) -> tuple[Any, ...]:
+    word = {"low": -(2**31), "high": 2**31 - 1, "dtype": torch.int32}
+    shape = [r.size(40) for _ in range(r.randint(1, 3))]
+    if r.chance(0.01):
+        shape = [r.randint(60_000, 200_000)]  # more than one thread's share
+    x = r.floats(*shape) if r.chance(0.5) else r.codes(*shape, **word).contiguous().view(torch.float32)
+    return x.contiguous(), WEIGHTS if r.chance(0.5) else r.codes(2, 16, **word).contiguous()
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
     for x in value if isinstance(value, Sequence) else [value]:
         assert isinstance(x, Tensor)
@@ -395,7 +406,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def same(result: Any, expected: Any) -> bool:
-    """Equal type, shape and bits, but for the bits of NaNs."""
+    """Equal type, shape and bits, but for the bits of NaNs; or equal integers."""
+    if isinstance(expected, int):
+        return isinstance(result, int) and result == expected
     pairs = list(zip(tensors(result), tensors(expected), strict=True))
     return all(x.dtype == y.dtype and x.shape == y.shape and _same_bits(x, y) for x, y in pairs)
 
@@ -451,7 +464,8 @@ def test_kernels_equal_their_definition(
                 result = kernel(*arguments)
             where = f"case {case} of {operator}, {isa}, {torch.get_num_threads()} threads"
             assert same(result, expected), f"{where}: {shown(arguments)}\n{result}\n{expected}"
-        elements += sum(x.numel() for x in tensors(expected))
+        # a result that is one integer counts for the elements it was made of
+        elements += sum(x.numel() for x in tensors(arguments[0] if isinstance(expected, int) else expected))
     with capsys.disabled():
         print(f"\n{operator}: {count} cases, {elements} results, each with {', '.join(ISAS)}")
     assert elements >= 10 * count  # most cases are not empty
