@@ -133,6 +133,32 @@ def _(r: Draw) -> tuple[Any, ...]:
     return r.floats(m, k), r.floats(k, n), chunk, *r.choice(MINIFLOATS)
 
 
+def rule(r: Draw) -> tuple[Tensor, Tensor, int]:
+    """Gradient and input (blocks, n) of a gradient rule, and the number of blocks."""
+    blocks, n = r.size(5), r.size(3000 if r.chance(0.05) else 70)
+    return r.floats(blocks, n).contiguous(), r.floats(blocks, n).contiguous(), blocks
+
+
+@generator("lowbit::in_range_backward")
+def _(r: Draw) -> tuple[Any, ...]:
+    grad, x, blocks = rule(r)
+    return grad, x, -r.floats(blocks).abs().contiguous(), r.floats(blocks).abs().contiguous(), r.chance(0.5)
+
+
+@generator("lowbit::step_backward")
+def _(r: Draw) -> tuple[Any, ...]:
+    grad, x, blocks = rule(r)
+    step = torch.rand(blocks, generator=r.torch) + 2.0**-10
+    low, high = r.choice([(-8.0, 7.0), (0.0, 15.0), (-127.0, 127.0)])
+    return grad, x, (x / step[:, None]).clamp(low, high).round() * step[:, None], step, low, high
+
+
+@generator("lowbit::clip_backward")
+def _(r: Draw) -> tuple[Any, ...]:
+    grad, x, blocks = rule(r)
+    return grad, x, r.floats(blocks).abs().contiguous()
+
+
 @generator("lowbit::int8_mm")
 def _(r: Draw) -> tuple[Any, ...]:
     m, k, n = r.size(), r.size(), r.size()

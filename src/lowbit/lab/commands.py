@@ -572,7 +572,8 @@ def compare(
         print(
             "\nW A E G U: stored bits of weights, activations, errors, weight gradients and updates, the mean over "
             "quantized layers\nweights: codes, scales and what stays in float"
-            f"\nstep: time of a training step, float32 = 1 (int8 multiplies codes where it can; the others are simulated)\n\n{page}"
+            "\nstep: time of a training step, float32 = 1 (int8 multiplies codes where it can; the others are "
+            f"simulated)\n\n{page}"
         )
     if open_report == "yes":
         webbrowser.open(page.resolve().as_uri())
