@@ -38,11 +38,19 @@ struct ChunkedSlab {
   float* sums;          // sums over the chunks before, panel_columns for each row from row_begin on
 };
 
+// Magnitudes of float32 numbers, as bits.
+struct Magnitudes {
+  int32_t bits;      // all of them, or'ed
+  int32_t largest;
+  int32_t smallest;  // but zero; infinity if there is none
+};
+
 struct ChunkedKernels {
   int64_t panel_columns;  // columns of `out` that one panel covers
   void (*pack_slab)(const ChunkedMm&, const ChunkedSlab&, float* packed);
   // rows [row_begin, row_end)
   void (*multiply)(const ChunkedMm&, const ChunkedSlab&, int64_t row_begin, int64_t row_end);
+  Magnitudes (*scan)(const float*, int64_t count);
 };
 
 }  // namespace lowbit

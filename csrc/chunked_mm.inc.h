@@ -4,6 +4,8 @@
 // follow each other, so it is the independent elements of the tile that fill the processor's pipelines.
 #pragma once
 
+#include <string.h>
+
 namespace lowbit {
 namespace {
 
@@ -95,37 +97,55 @@ void pack_slab(const ChunkedMm& job, const ChunkedSlab& slab, float* packed) {
 template <int Rows, int Vectors, class Round>
 inline void tile(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, float* sums, const Round& round) {
   const float* a[Rows];
+#pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) a[i] = job.a + job.a_rows[row + i];
   const int64_t* depths = job.a_depths;
   Vec::F t[Rows][Vectors], s[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
     for (int j = 0; j < Vectors; ++j)
       t[i][j] = slab.begin == 0 ? Vec::set(0.0f) : Vec::load(sums + i * panel_columns + j * Vec::lanes);
+  }
   const float* packed = slab.packed;
   for (int64_t begin = slab.begin; begin < slab.end;) {
     const int64_t end = slab.end - begin > job.chunk ? begin + job.chunk : slab.end;
-    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < Vectors; ++j) s[i][j] = Vec::set(0.0f);
+    }
     for (int64_t k = begin; k < end; ++k, packed += panel_columns) {
       Vec::F b[Vectors];
+#pragma GCC unroll 8
       for (int j = 0; j < Vectors; ++j) b[j] = Vec::load(packed + j * Vec::lanes);
       const int64_t at = depths[k];
+#pragma GCC unroll 8
       for (int i = 0; i < Rows; ++i) {
         const Vec::F x = Vec::set(a[i][at]);
+#pragma GCC unroll 8
         for (int j = 0; j < Vectors; ++j) s[i][j] = round(s[i][j], x, b[j]);
       }
     }
-    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < Vectors; ++j) t[i][j] = round(Vec::add(t[i][j], s[i][j]));
+    }
     begin = end;
   }
   if (slab.end < job.depth) {
-    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < Vectors; ++j) Vec::store(sums + i * panel_columns + j * Vec::lanes, t[i][j]);
+    }
     return;
   }
+#pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
     float line[Vectors * Vec::lanes];
+#pragma GCC unroll 8
     for (int j = 0; j < Vectors; ++j) Vec::store(line + j * Vec::lanes, Vec::nan_or(t[i][j], t[i][j]));
     float* out = job.out + (row + i) * job.out_row + slab.column * job.out_column;
     const int64_t left = job.columns - slab.column;
@@ -157,7 +177,21 @@ void chunked_mm(const ChunkedMm& job, const ChunkedSlab& slab, int64_t row, int6
   else multiply_slab<RoundByMagic>(job, slab, row, row_end);
 }
 
-constexpr ChunkedKernels chunked_kernels = {panel_columns, pack_slab, chunked_mm};
+Magnitudes scan_magnitudes(const float* x, int64_t count) {
+  int32_t bits = 0, largest = 0, smallest = 0x7f800000;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t word;
+    memcpy(&word, x + i, sizeof word);
+    word &= 0x7fffffff;
+    const int32_t counted = word == 0 ? 0x7f800000 : word;
+    bits |= word;
+    largest = word > largest ? word : largest;
+    smallest = counted < smallest ? counted : smallest;
+  }
+  return {bits, largest, smallest};
+}
+
+constexpr ChunkedKernels chunked_kernels = {panel_columns, pack_slab, chunked_mm, scan_magnitudes};
 
 }  // namespace
 }  // namespace lowbit

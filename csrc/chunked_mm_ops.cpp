@@ -46,36 +46,20 @@ std::vector<int64_t> offsets(const Tensor& x, int64_t first, int64_t last) {
   return result;
 }
 
-// What the elements of an operand have in common, seen in its memory: they lie within `reach` elements from the first.
-struct Elements {
-  uint32_t bits = 0;                            // all bits of magnitudes, or'ed
-  uint32_t largest = 0, smallest = 0x7f800000;  // magnitudes as bits; the smallest one but 0
-};
-
-Elements elements(const Tensor& x) {
+// What the magnitudes of an operand have in common, read in its memory from the first element to the last.
+lowbit::Magnitudes magnitudes(const Tensor& x, const lowbit::ChunkedKernels& kernels) {
   int64_t reach = 1;
   for (int64_t axis = 0; axis < x.dim(); ++axis) reach += (x.size(axis) - 1) * x.stride(axis);
   const float* data = x.const_data_ptr<float>();
   constexpr int64_t piece = 1 << 15;
   const int64_t pieces = (reach + piece - 1) / piece;
-  std::vector<Elements> parts(static_cast<size_t>(pieces));
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      uint32_t bits = 0, largest = 0, smallest = 0x7f800000;
-      const int64_t last = std::min(reach, (p + 1) * piece);
-      for (int64_t i = p * piece; i < last; ++i) {
-        uint32_t word;
-        std::memcpy(&word, data + i, sizeof word);
-        word &= 0x7fffffff;
-        bits |= word;
-        largest = std::max(largest, word);
-        smallest = std::min(smallest, word == 0 ? 0x7f800000u : word);
-      }
-      parts[size_t(p)] = {bits, largest, smallest};
-    }
+  std::vector<lowbit::Magnitudes> parts(static_cast<size_t>(pieces));
+  torch::stable::parallel_for(0, pieces, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      parts[size_t(p)] = kernels.scan(data + p * piece, std::min(piece, reach - p * piece));
   });
-  Elements all;
-  for (const Elements& part : parts) {
+  lowbit::Magnitudes all = parts[0];
+  for (const lowbit::Magnitudes& part : parts) {
     all.bits |= part.bits;
     all.largest = std::max(all.largest, part.largest);
     all.smallest = std::min(all.smallest, part.smallest);
@@ -83,7 +67,7 @@ Elements elements(const Tensor& x) {
   return all;
 }
 
-double value_of(uint32_t bits) {
+double value_of(int32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -93,11 +77,11 @@ double value_of(uint32_t bits) {
 // significant bits, products above float32's subnormal numbers, and a bound on every partial sum. A rounding adds at
 // most 2^-mantissa of its argument or the smallest number, so a sum of n terms up to t stays below
 // n (t + smallest) exp(n 2^-mantissa).
-bool tame(const lowbit::ChunkedMm& job, const Tensor& a, const Tensor& b) {
-  const Elements x = elements(a), y = elements(b);
+bool tame(const lowbit::ChunkedMm& job, const Tensor& a, const Tensor& b, const lowbit::ChunkedKernels& kernels) {
+  const lowbit::Magnitudes x = magnitudes(a, kernels), y = magnitudes(b, kernels);
   if (((x.bits | y.bits) & 0xfff) != 0 || x.largest >= 0x7f800000 || y.largest >= 0x7f800000) return false;
   if (value_of(x.smallest) * value_of(y.smallest) < 0x1p-100) return false;
-  const double smallest = std::ldexp(value_of(uint32_t(job.format.lowest_bits)), int(-job.format.mantissa));
+  const double smallest = std::ldexp(value_of(job.format.lowest_bits), int(-job.format.mantissa));
   const double growth = std::ldexp(1.0, int(-job.format.mantissa));
   const double chunk = double(std::min(job.chunk, job.depth)), chunks = std::ceil(double(job.depth) / chunk);
   const double term = value_of(x.largest) * value_of(y.largest);
@@ -134,7 +118,7 @@ Tensor chunked_mm(const Tensor& a, const Tensor& b, int64_t chunk, int64_t expon
     std::memset(job.out, 0, size_t(job.rows * job.columns) * sizeof(float));
     return out;
   }
-  job.tame = !job.format.wide && tame(job, a, b);
+  job.tame = !job.format.wide && tame(job, a, b, kernels);
   // vectors run along the columns: where there are few, compute the transposed product (a * b = b * a, bit for bit)
   if (job.columns < isa.lanes && job.rows > job.columns) {
     std::swap(job.a, job.b);
@@ -143,7 +127,8 @@ Tensor chunked_mm(const Tensor& a, const Tensor& b, int64_t chunk, int64_t expon
     std::swap(job.a_depths, job.b_depths);
     std::swap(job.out_row, job.out_column);
   }
-  // a slab of a panel is one chunk, or fills half a megabyte at most: what is packed stays in the cache until it has met all rows
+  // a slab of a panel is one chunk, or fills half a megabyte at most: what is packed stays in the cache until it has
+  // met all rows
   const int64_t length = std::min(job.chunk, job.depth);
   const int64_t slab_depth = std::min(job.depth, std::max<int64_t>(1, 4096 / length) * length);
   // tasks: panels of columns, each cut into blocks of rows only as far as the threads need it, because every thread
