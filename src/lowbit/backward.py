@@ -58,19 +58,16 @@ def as_output(x: Tensor) -> Tensor:
     return x.clone() if torch.compiler.is_compiling() else x.view_as(x)
 
 
-class _Masked(torch.autograd.Function):
-    """Forward `q`, backward `grad * mask` to `x` (mask None: 1)."""
+class _StraightThrough(torch.autograd.Function):
+    """Forward `q`, backward the gradient to `x` as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(ctx: Any, x: Tensor, q: Tensor) -> Tensor:
         return as_output(q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        (grad,) = grads
-        return (grad if mask is None else grad * mask), None, None
+        return grads[0], None
 
 
 class _InRange(torch.autograd.Function):
@@ -186,9 +183,9 @@ def _by_block(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum().reshape(shape) if shape.numel() == 1 else x.sum(-1, keepdim=True)
 
 
-def straight_through(x: Tensor, q: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`q`, differentiated as if it were `x` where `mask` holds (everywhere if None). Same shape and dtype."""
-    return _Masked.apply(x, q, mask)
+def straight_through(x: Tensor, q: Tensor) -> Tensor:
+    """`q`, differentiated as if it were `x`. Same shape and dtype."""
+    return _StraightThrough.apply(x, q)
 
 
 class Backward:

@@ -8,6 +8,7 @@ simulated products but for the rounding of float sums: out = float32(sum of code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,19 +24,30 @@ from .recipe import Chunked, Float32, Int32, Keep
 if TYPE_CHECKING:
     from .layers import LayerQuant, Run
 
-__all__ = ["OPERANDS", "Codes", "IntegerProduct", "describe", "executions", "fast_products", "integer_product", "plan"]
+__all__ = [
+    "CODES",
+    "OPERANDS",
+    "Codes",
+    "IntegerProduct",
+    "describe",
+    "executions",
+    "fast_products",
+    "integer_product",
+    "plan",
+]
 
 OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
 FAST = ("avx512amx", "avx512vnni")
 """Instruction sets whose int8 products are faster than float32 ones."""
+CODES = "int8 codes, int32 sums"
+"""How a product on codes is described."""
 Codes = tuple[Tensor, Tensor]
 """int8 codes in the operand's own shape, and scales `(blocks,)`."""
 
 
-def fast_products() -> bool:
-    """Whether int8 products are faster than float32 ones on this machine."""
-    isas = compiled_isas()
-    return bool(isas) and isas[0] in FAST
+def fast_products(device: str = "cpu") -> bool:
+    """Whether int8 products are faster than float32 ones on this kind of device, here."""
+    return device == "cpu" and compiled_isas()[:1] in [(isa,) for isa in FAST]
 
 
 def _reason(q: Quantizer | Keep | None, which: str, side: str, ndim: int) -> str:
@@ -55,10 +67,10 @@ def _reason(q: Quantizer | Keep | None, which: str, side: str, ndim: int) -> str
     return ""
 
 
-def executions(layer: LayerQuant, weight_dims: int) -> dict[str, str]:
+def executions(layer: LayerQuant, weight_dims: int, device: str = "cpu") -> dict[str, str]:
     """Of each product of a layer, at its present stage: why it runs on real values; empty where it runs on codes.
 
-    `weight_dims`: axes of the weight; 2 for a linear layer, 4 for a convolution over images.
+    `weight_dims`: axes of the weight; 2 for a linear layer, 4 for a convolution over images. `device`: its kind.
     """
     found = {}
     for which, sides in OPERANDS.items():
@@ -74,8 +86,8 @@ def executions(layer: LayerQuant, weight_dims: int) -> dict[str, str]:
             reason = f"convolution over {weight_dims - 2} axes"
         elif how.samples > 1:
             reason = "averages samples"
-        elif how.accumulator is None and not fast_products():
-            reason = "no int8 kernel for this CPU"
+        elif how.accumulator is None and not fast_products(device):
+            reason = "no int8 kernel for this CPU" if device == "cpu" else f"no int8 kernel for {device}"
         for side, role in zip(("left", "right"), sides, strict=True):
             override = layer.override(which, side)
             q = layer.coding(role) if override is None else override
@@ -90,10 +102,10 @@ Plan = dict[str, Literal["codes", "raw", "values"]]
 """How each product of a layer runs: on int8 codes, on the float tensors as they are, or on real values on a grid."""
 
 
-def plan(layer: LayerQuant, weight_dims: int, needed: list[str]) -> Plan | None:
+def plan(layer: LayerQuant, weight_dims: int, needed: Sequence[str], device: str = "cpu") -> Plan | None:
     """How the products `needed` run, `out` being one of them, where `out` runs on codes; None if it does not, or if
     the others want what an integer execution does not have."""
-    reasons = executions(layer, weight_dims)
+    reasons = executions(layer, weight_dims, device)
     if reasons["out"]:
         return None
     found: Plan = {"out": "codes"}
@@ -116,23 +128,18 @@ def plan(layer: LayerQuant, weight_dims: int, needed: list[str]) -> Plan | None:
     return found
 
 
-def describe(layer: LayerQuant, weight_dims: int) -> dict[str, str]:
-    """How each product of a layer runs at its present stage, in words."""
-    reasons = executions(layer, weight_dims)
+def describe(layer: LayerQuant, weight_dims: int, device: str = "cpu") -> dict[str, str]:
+    """How each product of a layer runs at its present stage, in words; empty for an embedding, which has none."""
     if layer.kind == "embedding":
         return {}
-    blocking = next((f"{which}: {reason}" for which, reason in reasons.items() if reason), "the gradient rule")
-    codes = "int8 codes, int32 sums"
-    if plan(layer, weight_dims, list(OPERANDS)) is None and not reasons["out"]:
-        codes = f"int8 codes in evaluation, real values in training ({blocking})"
-    return {
-        which: f"real values: {reason}"
-        if reason
-        else codes
-        if which == "out" or "in evaluation" not in codes
-        else "real values: the layer's other products need them"
-        for which, reason in reasons.items()
-    }
+    reasons = executions(layer, weight_dims, device)
+    words = {which: f"real values: {reason}" if reason else CODES for which, reason in reasons.items()}
+    if not reasons["out"] and plan(layer, weight_dims, tuple(OPERANDS), device) is None:
+        # training needs real values of the layer's operands, so no product of it runs on codes there
+        why = next((f"{which}: {reason}" for which, reason in reasons.items() if reason), "the gradient rule")
+        words = {w: text if reasons[w] else "real values: other products need them" for w, text in words.items()}
+        words["out"] = f"int8 codes in evaluation, real values in training ({why})"
+    return words
 
 
 def _on_raw(layer: LayerQuant, which: str) -> bool:

@@ -224,9 +224,10 @@ class LayerQuant(nn.Module):
             needed += ["grad_a", "grad_w"]
         elif torch.is_grad_enabled():
             needed += [which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad]
-        state = self.training, self.frozen, self.stage, self.off, w.dim(), len(needed), needed[-1]
+        device = a.device.type
+        state = self.training, self.frozen, self.stage, self.off, w.dim(), device, *needed
         if state not in self._plans:
-            self._plans[state] = plan(self, w.dim(), needed)
+            self._plans[state] = plan(self, w.dim(), needed, device)
         products = self._plans[state]
         if products is None or any(q.watch is not None for q in self.slots.values()):  # type: ignore[union-attr]
             return None
@@ -540,7 +541,8 @@ class QEmbedding(Quantized, nn.Embedding):
         if self.max_norm is not None:  # changes the table in place: before it is quantized
             with torch.no_grad():
                 torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
-        return F.embedding(input, quant(self.weight), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        table, _ = quant.coded(self.weight, owner=self.weight)
+        return F.embedding(input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 class QMatmul(Quantized, nn.Module):

@@ -237,9 +237,7 @@ class Quantizer(nn.Module):
         self.spec, self.layout, self.name, self.weight = spec, layout or Layout(), name, weight
         self.watch: Callable[[Quantizer, Tensor, Tensor, Coded], None] | None = None
         self.calibrating = False
-        self._casts: dict[
-            tuple[torch.Size, torch.dtype, Rounding], tuple[Any, ...]
-        ] = {}  # what `integers` asks for, by shape
+        self._casts: dict[Any, tuple[Any, ...]] = {}  # what `_cast` gives, by shape, type and rounding
         self._made: dict[str, tuple[Any, Any]] = {}  # what was made of a weight, and of which bits
         self._versions: dict[str, int] = {}  # of the weight, at the last use
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
@@ -319,8 +317,8 @@ class Quantizer(nn.Module):
         """int8 codes in the shape of `x`, without a gradient, and the scales `(blocks,)`; `why_no_codes` is empty and
         `x` is not."""
         x = x.detach()
-        if cast := self._cast(x, key):
-            view, strides, count, denominator, arguments, mode = cast
+        if found := self._cast(x, key):
+            view, strides, count, denominator, arguments, mode = found
             codes, scale = torch.ops.lowbit.cast_absmax(
                 x if len(view) == x.dim() else x.reshape(view),
                 key,
@@ -332,7 +330,14 @@ class Quantizer(nn.Module):
                 "codes",
             )
             return codes.reshape(x.shape), scale
-        coded, _ = self._run(self._enter(x, None), key, None)
+        b, mode = Blocked(self._enter(x, None), self.spec.blocks, self.layout), self.mode(key is not None)
+        if b.strides is not None and b.dtype == torch.float32:
+            s = self.scaling(b)
+            arguments = cast_arguments(s.format, mode)
+            assert arguments is not None  # every Int has them
+            codes = cast(b.view, s.scale.flatten(), None, key, None, b.strides, *arguments, mode, "codes")
+            return codes.reshape(x.shape), (s.scale if s.step is None else s.step).flatten()
+        coded, _ = self._run(b.x, key, None)
         return self.spec.blocks.unview(coded.grid.to(torch.int8), x.shape, self.layout), coded.scale.flatten()
 
     def weight_integers(self, w: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -517,8 +522,9 @@ class Quantizer(nn.Module):
         return self.coded(x, u)[0]
 
     def coded(self, x: Tensor, u: Tensor | None = None, owner: Tensor | None = None) -> tuple[Tensor, Coded | None]:
-        """As `forward`, with the blocks and scales beside it (None for an empty tensor). `owner`: the parameter that
-        `x` was cast from, whose changes say when a weight is drawn anew."""
+        """As `forward`, with the blocks and scales beside it (None for an empty tensor). A layer gives the `owner`, the
+        parameter that `x` was cast from, whose changes say when a weight is drawn anew; it leaves the result as it is,
+        for it may be kept (`_kept`)."""
         y = self._enter(x, u)
         if x.numel() == 0:
             return x, None
@@ -526,12 +532,10 @@ class Quantizer(nn.Module):
         y = self.prepare(y)
         blocks, layout, rule = self.spec.blocks, self.layout, self.spec.backward
         with torch.no_grad():
-            if u is None:
-                coded, q = self._kept(
-                    "values", y, x if owner is None else owner, key, lambda: self._run(y.detach(), key, None)
-                )
-            else:
+            if owner is None:  # the caller may write into the result, which then can't be kept
                 coded, q = self._run(y.detach(), key, u)
+            else:
+                coded, q = self._kept("values", y, owner, key, lambda: self._run(y.detach(), key, None))
         learned = self.learned if isinstance(self.spec.scale, Learned) else None
         if not rule.by_block:
             q = rule.connect(y, q, coded, learned, self.gain(x))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .attention import QMultiheadAttention
 from .backward import Coded
 from .control import control_of, layers_of
-from .integer import describe
+from .integer import CODES, describe
 from .layers import LayerQuant, Quantized
 from .quantizer import Quantizer, watching
 from .recipe import Chunked
@@ -136,7 +136,7 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
     control = control_of(model)
     tallies = _measure(model, batch, loss)
     rows: list[Row] = []
-    dims = {id(layer): weight.dim() for layer, weight, _ in _weights(model)}
+    weights = {id(layer): (weight.dim(), weight.device.type) for layer, weight, _ in _weights(model)}
     for name, layer in layers_of(model).items():
         for slot, quant in layer.slots.items():
             assert isinstance(quant, Quantizer)
@@ -145,14 +145,14 @@ def report(model: nn.Module, batch: Any = None, loss: Callable[[Any], Tensor] | 
             rows.append(
                 Row(name, layer.kind, slot, str(quant.spec.format), float(quant.spec.format.bits), note=note, **figures)
             )
-        for which, how in describe(layer, dims.get(id(layer), 2)).items():
+        for which, how in describe(layer, *weights.get(id(layer), (2, "cpu"))).items():
             chunked = getattr(layer.products, which).accumulator
             if isinstance(chunked, Chunked):
                 rows.append(
                     Row(name, layer.kind, which, str(chunked.format), float(chunked.format.bits), note=str(chunked))
                 )
             else:
-                sums = "int32" if how.startswith("int8 codes, ") else "float32"
+                sums = "int32" if how == CODES else "float32"
                 rows.append(Row(name, layer.kind, which, sums, 32.0, note=how))
     rows += [Row(left.name, "other", "-", "float", 32.0, note=f"{left.type}: {left.reason}") for left in control.left]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
