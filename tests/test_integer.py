@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -171,6 +172,20 @@ def test_a_weight_is_quantized_once_until_it_changes(name: str, monkeypatch: pyt
     outputs = [model(x) for _ in range(5)]
     assert len(made) == 5 and torch.equal(outputs[0], outputs[4])
     assert not layers_of(copy.deepcopy(model))["0"].slots["W"]._made
+
+
+def test_fused_optimizers_change_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # they don't raise versions: without a count of steps every use would look for the codes of the step before
+    model = lowbit.apply(nn.Sequential(nn.Linear(16, 8)), lowbit.create("int8", accumulate="int32"))
+    optimizer, looked = torch.optim.AdamW(model.parameters(), fused=True), []
+    monkeypatch.setattr(sys.modules["lowbit.quantizer"], "fingerprint", lambda w: looked.append(1) or 0)
+    x, outputs = torch.randn(4, 16), []
+    for _ in range(3):
+        outputs.append(model(x))
+        outputs[-1].sum().backward()
+        optimizer.step()
+    assert not looked and not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(model(x), model(x)) and looked
 
 
 def test_a_result_that_the_caller_changes_is_not_kept() -> None:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backward import Backward, Coded, PassThrough
 from .blocks import Blocked, Blocks, Layout, PerTensor
@@ -239,7 +240,7 @@ class Quantizer(nn.Module):
         self.calibrating = False
         self._casts: dict[Any, tuple[Any, ...]] = {}  # what `_cast` gives, by shape, type and rounding
         self._made: dict[str, tuple[Any, Any]] = {}  # what was made of a weight, and of which bits
-        self._versions: dict[str, int] = {}  # of the weight, at the last use
+        self._versions: dict[str, tuple[int, int]] = {}  # of the weight and `_steps`, at the last use
         self._repeated: Tensor | None = None  # tracked scale that further draws of the same tensor share
         self._drawn: int | None = None  # version of the weight that the current draw belongs to
         self._source: weakref.ref[Tensor] | None = None  # that weight
@@ -353,8 +354,9 @@ class Quantizer(nn.Module):
         """
         if not self.weight or torch.compiler.is_compiling():
             return make()
-        if self._versions.get(what) != owner._version:
-            self._versions[what] = owner._version
+        version = owner._version, _steps
+        if self._versions.get(what) != version:
+            self._versions[what] = version
             self._made.pop(what, None)
             return make()
         flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
@@ -504,6 +506,7 @@ class Quantizer(nn.Module):
             "_source": None,
             "_calls": OrderedDict(),
             "_made": {},
+            "_versions": {},
         }
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
@@ -705,6 +708,19 @@ class Identity(Quantizer, kind="identity"):
 
 IDENTITY = QSpec(Float(8, 23), kind="identity")
 """Quantizes nothing."""
+
+
+_steps = 0
+"""Steps that optimizers of this process have made: a fused one changes weights without raising their versions."""
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    if not torch.compiler.is_compiling():  # a compiled step would be compiled anew for every count
+        _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _on_any_rank(flag: Tensor) -> bool:
