@@ -13,6 +13,7 @@
 namespace lowbit {
 
 constexpr int64_t int8_panel = 16;        // columns in a panel
+constexpr int64_t int8_bundle = 4;        // panels that are packed together: their codes in a row fill a cache line
 constexpr int64_t int8_safe = 131071;     // (2^31 - 1) / 128^2: products of codes that fit an int32 sum
 constexpr int64_t int8_slack = 128;       // bytes that a left buffer has beyond its last row
 
@@ -116,7 +117,7 @@ struct Int8Kernels {
   int64_t most_rows_of_words, most_rows_narrow;  // where segments are not whole depth units; narrow: with one panel
   // rows of a matrix, `pitch` bytes apart
   void (*pack_left)(const Int8View&, int64_t rows, int64_t depth, uint8_t* left, int64_t pitch);
-  void (*pack_right)(const Int8Right&, int64_t panel);
+  void (*pack_right)(const Int8Right&, int64_t bundle);
   void (*pack_box)(const Int8Box&);
   void (*pack_planes)(const Int8Planes&);
   // (rows, columns) bytes to (columns, rows), the latter `pitch` bytes apart

@@ -12,6 +12,7 @@
 
 namespace {
 
+using lowbit::int8_bundle;
 using lowbit::int8_panel;
 using lowbit::int8_safe;
 using lowbit::int8_slack;
@@ -140,14 +141,15 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
     job.packed = packed + p * panels * piece_steps * 64, job.correction = correction + p * padded;
     return job;
   };
-  torch::stable::parallel_for(0, piece_count * panels, grain(piece * 16 * 8), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) kernels.pack_right(right_of(task / panels), task % panels);
+  const int64_t bundles = cuts(panels, int8_bundle);
+  torch::stable::parallel_for(0, piece_count * bundles, grain(piece * 64 * 8), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) kernels.pack_right(right_of(task / bundles), task % bundles);
   });
 
   // tasks: blocks of rows; where those are fewer than the threads, also ranges of columns
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = kernels.most_rows;
-  const int64_t block_target = std::clamp(cache_bytes / std::max<int64_t>(1, piece), most, 16 * most);
+  const int64_t block_target = std::clamp(2 * cache_bytes / std::max<int64_t>(1, piece), most, 16 * most);
   int64_t blocks = cuts(rows, block_target), ranges = 1;
   if (blocks < threads) blocks = std::min(threads, cuts(rows, most));
   else blocks = up(blocks, threads);
@@ -371,11 +373,11 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
   expand(right_scale.const_data_ptr<float>(), right_scale.size(0), groups, plan.columns, scales);
   if (bias) expand(bias->const_data_ptr<float>(), bias->size(0), groups, plan.columns, biases);
 
-  const int64_t phase_count = int64_t(plan.phases.size());
-  torch::stable::parallel_for(0, groups * phase_count * panels, grain(depth * 16 * 8), [&](int64_t begin, int64_t end) {
+  const int64_t phase_count = int64_t(plan.phases.size()), bundles = plan.depthwise ? panels : cuts(panels, int8_bundle);
+  torch::stable::parallel_for(0, groups * phase_count * bundles, grain(depth * 64 * 8), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / (phase_count * panels);
-      const Phase& phase = plan.phases[size_t(task / panels % phase_count)];
+      const int64_t g = task / (phase_count * bundles);
+      const Phase& phase = plan.phases[size_t(task / bundles % phase_count)];
       if (plan.depthwise) {
         int32_t* target = reinterpret_cast<int32_t*>(packed + phase.packed) +
                           task % panels * int64_t(phase.parts.size()) * int8_panel;
@@ -393,7 +395,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       job.columns = plan.columns;
       job.packed = packed + g * packed_bytes + phase.packed;
       job.correction = correction + g * corrections + phase.correction;
-      kernels.pack_right(job, task % panels);
+      kernels.pack_right(job, task % bundles);
     }
   });
 
@@ -801,7 +803,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
         packing.part_codes = here_width;
         packing.steps = (raster ? up(longest * line_depth, unit) : line_depth) / 4;
         packing.columns = filters, packing.packed = right, packing.correction = correction;
-        for (int64_t p = 0; p < panels; ++p) kernels.pack_right(packing, p);
+        for (int64_t p = 0; p < cuts(panels, int8_bundle); ++p) kernels.pack_right(packing, p);
 
         Int8Product job = {};
         job.groups = rows.data(), job.group_count = taps;

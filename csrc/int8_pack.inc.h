@@ -133,29 +133,72 @@ inline void pack_part(const Int8View& view, int64_t depth, int64_t columns, int8
         packed[4 * c + i] = c < columns && k + i < depth ? view.data[(k + i) * view.row + c * view.column] : int8_t(0);
 }
 
-void pack_right(const Int8Right& job, int64_t panel) {
-  const int64_t begin = panel * int8_panel;
-  const int64_t columns = job.columns - begin < int8_panel ? job.columns - begin : int8_panel;
-  const int64_t segment_bytes = job.steps * 64;
-  int8_t* packed = job.packed + panel * job.segment_count * segment_bytes;
+// `depth` codes of 64 columns as four panels, `panel_bytes` apart
+inline void pack_bundle(const Int8View& view, int64_t depth, int8_t* packed, int64_t panel_bytes) {
+#if defined(__AVX512BW__)
+  if (view.column == 1) {
+    constexpr int64_t ahead = 16;  // rows: they lie too far apart for the processor to fetch them by itself
+    for (int64_t k = 0; k < depth; k += 4, packed += 64) {
+      __m512i r[4];
+      for (int i = 0; i < 4; ++i) {
+        const int8_t* const row = view.data + (k + i) * view.row;
+        r[i] = k + i < depth ? _mm512_loadu_si512(row) : _mm512_setzero_si512();
+        if (k + i + ahead < depth) _mm_prefetch((const char*)(row + ahead * view.row), _MM_HINT_T0);
+      }
+      // interleaved within quarters, of which each is a panel's columns
+      const __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]), low23 = _mm512_unpacklo_epi8(r[2], r[3]);
+      const __m512i high01 = _mm512_unpackhi_epi8(r[0], r[1]), high23 = _mm512_unpackhi_epi8(r[2], r[3]);
+      const __m512i a = _mm512_unpacklo_epi16(low01, low23), b = _mm512_unpackhi_epi16(low01, low23);
+      const __m512i c = _mm512_unpacklo_epi16(high01, high23), d = _mm512_unpackhi_epi16(high01, high23);
+      // transposed by quarters
+      const __m512i ab01 = _mm512_shuffle_i32x4(a, b, 0x44), ab23 = _mm512_shuffle_i32x4(a, b, 0xee);
+      const __m512i cd01 = _mm512_shuffle_i32x4(c, d, 0x44), cd23 = _mm512_shuffle_i32x4(c, d, 0xee);
+      _mm512_storeu_si512(packed, _mm512_shuffle_i32x4(ab01, cd01, 0x88));
+      _mm512_storeu_si512(packed + panel_bytes, _mm512_shuffle_i32x4(ab01, cd01, 0xdd));
+      _mm512_storeu_si512(packed + 2 * panel_bytes, _mm512_shuffle_i32x4(ab23, cd23, 0x88));
+      _mm512_storeu_si512(packed + 3 * panel_bytes, _mm512_shuffle_i32x4(ab23, cd23, 0xdd));
+    }
+    return;
+  }
+#endif
+  for (int64_t p = 0; p < int8_bundle; ++p) {
+    const Int8View panel = {view.data + p * int8_panel * view.column, view.row, view.column};
+    pack_part(panel, depth, int8_panel, packed + p * panel_bytes);
+  }
+}
+
+void pack_right(const Int8Right& job, int64_t bundle) {
+  const int64_t first = bundle * int8_bundle, begin = first * int8_panel;
+  const int64_t columns = job.columns - begin < int8_bundle * int8_panel ? job.columns - begin : int8_bundle * int8_panel;
+  const int64_t panels = (columns + int8_panel - 1) / int8_panel;
+  const int64_t segment_bytes = job.steps * 64, panel_bytes = job.segment_count * segment_bytes;
+  int8_t* const packed = job.packed + first * panel_bytes;
   const int64_t used = (job.part_count * job.part_depth + 3) / 4 * 64;
   for (int64_t s = 0; s < job.segment_count; ++s) {
-    int8_t* segment = packed + s * segment_bytes;
+    int8_t* const segment = packed + s * segment_bytes;
     for (int64_t p = 0; p < job.part_count; ++p) {
       int8_t* const part = segment + p * job.part_depth * 16;
       const int64_t start = job.parts[s * job.part_count + p];
       const int64_t codes = start < 0 ? 0 : job.part_codes;
-      if (codes > 0) {
-        Int8View view = job.source;
-        view.data += start + begin * view.column;
-        pack_part(view, codes, columns, part);
-      }
+      Int8View view = job.source;
+      view.data += (codes > 0 ? start : 0) + begin * view.column;
       const int64_t packed_codes = (codes + 3) / 4 * 4;
-      if (packed_codes < job.part_depth) memset(part + packed_codes * 16, 0, size_t(job.part_depth - packed_codes) * 16);
+      if (codes > 0 && columns == int8_bundle * int8_panel) pack_bundle(view, codes, part, panel_bytes);
+      for (int64_t i = 0; i < panels; ++i) {
+        int8_t* const target = part + i * panel_bytes;
+        if (codes > 0 && columns < int8_bundle * int8_panel) {
+          const Int8View panel = {view.data + i * int8_panel * view.column, view.row, view.column};
+          const int64_t rest = columns - i * int8_panel;
+          pack_part(panel, codes, rest < int8_panel ? rest : int8_panel, target);
+        }
+        if (packed_codes < job.part_depth)
+          memset(target + packed_codes * 16, 0, size_t(job.part_depth - packed_codes) * 16);
+      }
     }
-    memset(segment + used, 0, size_t(segment_bytes - used));
+    for (int64_t i = 0; i < panels; ++i) memset(segment + i * panel_bytes + used, 0, size_t(segment_bytes - used));
   }
-  Dot::correct(packed, job.segment_count * job.steps, job.correction + begin);
+  for (int64_t i = 0; i < panels; ++i)
+    Dot::correct(packed + i * panel_bytes, job.segment_count * job.steps, job.correction + begin + i * int8_panel);
 }
 
 void pack_box(const Int8Box& box) {
