@@ -106,7 +106,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   check_vector(a_scale, rows, true, "a_scale"), check_vector(b_scale, columns, true, "b_scale");
   if (bias) check_vector(*bias, columns, false, "bias");
   const int64_t shape[2] = {rows, columns};
-  Tensor out = torch::stable::empty({shape, 2}, dtype);
+  Tensor out = lowbit::fresh(torch::stable::empty({shape, 2}, dtype));
   if (rows == 0 || columns == 0) return out;
 
   // pieces of the depth, so that a panel and some rows fit the cache
@@ -268,8 +268,8 @@ void check_error(const Tensor& e, const Geometry& g) {
 
 Tensor channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype) {
   const int64_t shape[4] = {n, c, h, w};
-  return torch::stable::empty({shape, 4}, dtype, std::nullopt, std::nullopt, std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return lowbit::fresh(torch::stable::empty({shape, 4}, dtype, std::nullopt, std::nullopt, std::nullopt,
+                                            torch::headeronly::MemoryFormat::ChannelsLast));
 }
 
 // One image's channels of one group, wherever they lie; an axis of one element has no stride that matters.

@@ -11,6 +11,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -85,6 +86,20 @@ void use_isa(std::string isa) {
 const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_relaxed);
   return table == nullptr ? *available()[0] : *table;
+}
+
+torch::stable::Tensor fresh(torch::stable::Tensor result) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // glibc takes allocations beyond 32 MiB from the system each time
+  constexpr uintptr_t large = 32u << 20, huge_page = 2u << 20;
+  const size_t bytes = size_t(result.numel()) * size_t(result.element_size());
+  if (bytes > large) {
+    const uintptr_t begin = (uintptr_t(result.mutable_data_ptr()) + huge_page - 1) & ~(huge_page - 1);
+    const uintptr_t end = (uintptr_t(result.mutable_data_ptr()) + bytes) & ~(huge_page - 1);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: without it the result is the same
+  }
+#endif
+  return result;
 }
 
 }  // namespace lowbit

@@ -12,4 +12,8 @@ namespace lowbit {
 // The table that calls go to: the best that this CPU can run, unless lowbit::_use_isa chose another.
 const Kernels& kernels();
 
+// A result that is about to be written whole. Where it is large its memory is fresh from the system, and every page
+// written for the first time costs a fault: huge pages are asked for.
+torch::stable::Tensor fresh(torch::stable::Tensor result);
+
 }  // namespace lowbit
