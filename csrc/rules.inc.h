@@ -60,7 +60,7 @@ double rule_clip(const RuleJob& job) {
   double term[rule_chunk];
   for (int64_t i = 0; i < job.count; ++i) {
     const bool above = x[i] >= clip, positive = x[i] >= 0.0f;
-    out[i] = grad[i] * (positive & !above ? 1.0f : 0.0f);
+    out[i] = grad[i] * ((positive & !above) ? 1.0f : 0.0f);
     term[i] = double(grad[i] * (above ? 1.0f : 0.0f));
   }
   for (int64_t i = job.count; i < rule_chunk; ++i) term[i] = 0.0;
