@@ -11,6 +11,7 @@ struct Vec {
   static constexpr int64_t lanes = 4;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
+  typedef uint32_t U __attribute__((vector_size(16)));  // wraps around where I must not
 
   static F load(const float* p) { F v; memcpy(&v, p, sizeof v); return v; }
   static void store(float* p, F v) { memcpy(p, &v, sizeof v); }
@@ -19,8 +20,8 @@ struct Vec {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
-  static I add(I a, I b) { return a + b; }
-  static I sub(I a, I b) { return a - b; }
+  static I add(I a, I b) { return (I)((U)a + (U)b); }
+  static I sub(I a, I b) { return (I)((U)a - (U)b); }
   static I bit_and(I a, I b) { return a & b; }
   static I shift_right(I a, int32_t n) { return a >> n; }  // only used on non-negative results of masks
   static I larger(I a, I b) { return select(a > b, a, b); }
