@@ -14,10 +14,13 @@ DEMO_FLAGS := --data digits --out runs/demo --open-report no
 # what the sanitizers' run-time library needs before anything else is loaded
 ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 ASAN_FUZZ ?= 5000
+# `make cross`: another processor's compiler, and what runs its programs here
+CROSS_CXX ?= aarch64-linux-gnu-g++
+CROSS_RUN ?= qemu-aarch64
 # `make wheel-check PY=...`: the Python that installs the wheel
 PY ?= python3.12
 
-.PHONY: help demo test lint docs slow bench asan wheel wheel-check tables clean .venv
+.PHONY: help demo test lint docs slow bench asan cross wheel wheel-check tables clean .venv
 
 help:
 	@echo "make demo    FP32 and eight methods on the embedded digits: a table and runs/demo/report.html"
@@ -25,6 +28,7 @@ help:
 	@echo "make slow    the slow tests, on the real data of DATA=$(DATA)"
 	@echo "make bench   the speed table into results/speed.json and docs/speed.md, minutes"
 	@echo "make asan    the kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make cross   the kernels compiled for aarch64, and run there by an emulator"
 	@echo "make wheel   dist/lowbit-*.whl;  make wheel-check PY=python3.12 tries it in a fresh environment"
 	@echo "make lint | docs | tables | clean"
 
@@ -69,6 +73,31 @@ asan: $(STAMP)
 	PYTHONPATH=build/asan/lib LD_PRELOAD=$(ASAN_PRELOAD) ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -s -p no:cacheprovider \
 	  tests/ops tests/test_fuzz.py --fuzz $(ASAN_FUZZ)
+
+# objects only, since PyTorch for the other processor is not here; then the portable kernels without PyTorch, whose
+# results must be this machine's
+cross: $(STAMP)
+	@command -v $(CROSS_CXX) > /dev/null || \
+	  { echo "no $(CROSS_CXX): on Debian or Ubuntu apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	rm -rf build/cross && mkdir -p build/cross
+	$(BIN)/python -c "$$KERNEL_FLAGS" > build/cross/flags
+	@for source in csrc/*.cpp; do echo $$source; \
+	  $(CROSS_CXX) @build/cross/flags -c $$source -o build/cross/$$(basename $$source .cpp).o || exit 1; done
+	@if ! command -v $(CROSS_RUN) > /dev/null; then echo "compiled, not run: there is no $(CROSS_RUN)"; exit; fi; set -e; \
+	  $(CROSS_CXX) @build/cross/flags -static tests/ops/portable.cpp build/cross/kernels_portable.o -o build/cross/there; \
+	  $(CXX) @build/cross/flags tests/ops/portable.cpp csrc/kernels_portable.cpp -o build/cross/here; \
+	  build/cross/here > build/cross/here.txt; \
+	  $(CROSS_RUN) build/cross/there | diff build/cross/here.txt -; \
+	  echo "the same results on both processors"
+
+# those of the installed library
+define KERNEL_FLAGS
+import json, pathlib
+from torch.utils.cpp_extension import include_paths
+info = json.loads(pathlib.Path("src/lowbit/_build_info.json").read_text())
+print(*info["flags"], "-fPIC -Icsrc", *(f"-I{folder}" for folder in include_paths()))
+endef
+export KERNEL_FLAGS
 
 wheel: $(STAMP)
 	rm -rf dist build/lib.* build/bdist.*
