@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .backward import Coded
-from .blocks import PerChannel, PerGroup, PerRow, PerTensor, PerTile
+from .blocks import PerTensor
 from .formats import Int
+from .integer import constant_scales, legal_blocks
 from .ops.chunked import chunked_mm
 from .ops.int8_mm import int8_mm
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps, Views
@@ -85,17 +86,13 @@ def _codes(operand: Operand, where: str) -> Tensor:
 def _scale(ops: ProductOps, which: str, side: str, operand: Operand, where: str) -> Tensor:
     """The operand's scale, shaped to multiply the product's result."""
     assert operand.coded is not None and operand.quantizer is not None
-    scale, spec, shape = operand.coded.scale, operand.quantizer.spec, operand.values.shape
-    if isinstance(spec.blocks, PerTensor):
+    scale, blocks, shape = operand.coded.scale, operand.quantizer.spec.blocks, operand.values.shape
+    if isinstance(blocks, PerTensor):
         return scale.reshape(())
-    legal = PerRow if (which, side) in (("out", "left"), ("out", "right"), ("grad_a", "left")) else PerChannel
-    alike = not isinstance(spec.blocks, (PerGroup, PerTile)) and (
-        spec.blocks.kept(len(shape), operand.quantizer.layout) == legal().kept(len(shape), operand.quantizer.layout)
-    )
-    if not alike:
+    if not constant_scales(operand.quantizer, which, side, len(shape)):
         raise ValueError(
             f"{where}: the {side} operand's scale must be constant along the summed axis, so its blocks "
-            f"are {legal.__name__} or PerTensor; got {spec.blocks}"
+            f"are {legal_blocks(which, side).__name__} or PerTensor; got {blocks}"
         )
     if isinstance(ops, LinearProduct):
         # a row scale of the left operand multiplies rows of the result, every other one its columns or rows

@@ -29,10 +29,12 @@ __all__ = [
     "OPERANDS",
     "Codes",
     "IntegerProduct",
+    "constant_scales",
     "describe",
     "executions",
     "fast_products",
     "integer_product",
+    "legal_blocks",
     "plan",
 ]
 
@@ -50,6 +52,20 @@ def fast_products(device: str = "cpu") -> bool:
     return device == "cpu" and compiled_isas()[:1] in [(isa,) for isa in FAST]
 
 
+def legal_blocks(which: str, side: str) -> type[PerRow] | type[PerChannel]:
+    """The finest blocks whose scales are constant along the summed axis of an operand."""
+    return PerChannel if which == "grad_w" or (which, side) == ("grad_a", "right") else PerRow
+
+
+def constant_scales(q: Quantizer, which: str, side: str, ndim: int) -> bool:
+    """Whether the scales of an operand of `ndim` axes are constant along the summed axis."""
+    blocks = q.spec.blocks
+    if isinstance(blocks, PerTensor):
+        return True
+    legal = legal_blocks(which, side)()
+    return not isinstance(blocks, (PerGroup, PerTile)) and blocks.kept(ndim, q.layout) == legal.kept(ndim, q.layout)
+
+
 def _reason(q: Quantizer | Keep | None, which: str, side: str, ndim: int) -> str:
     """Why an operand can't enter an integer product; empty if it can."""
     role = OPERANDS[which][side == "right"]
@@ -57,13 +73,8 @@ def _reason(q: Quantizer | Keep | None, which: str, side: str, ndim: int) -> str
         return f"{role} is float"
     if why := q.why_no_codes():
         return f"{role}: {why}"
-    blocks = q.spec.blocks
-    if isinstance(blocks, PerTensor):
-        return ""
-    legal = PerChannel if which == "grad_w" or (which, side) == ("grad_a", "right") else PerRow
-    whole = not isinstance(blocks, (PerGroup, PerTile))
-    if not whole or blocks.kept(ndim, q.layout) != legal().kept(ndim, q.layout):
-        return f"{role}: the scales of {blocks} are not constant along the summed axis"
+    if not constant_scales(q, which, side, ndim):
+        return f"{role}: the scales of {q.spec.blocks} are not constant along the summed axis"
     return ""
 
 
