@@ -16,6 +16,7 @@ it shares with the result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +39,9 @@ def _matmul(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor
     return _finish(total, a_scale.reshape(-1, 1), b_scale, bias, dtype)
 
 
-def _conv(
-    x: Tensor,
-    w: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    shape = _check_conv(x, w, x_scale, w_scale, bias, stride, padding, dilation, groups, dtype)
+def _conv(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    shape = _check_conv(x, w, x_scale, w_scale, bias, *how)
+    stride, padding, dilation, groups, dtype = how
     total = x.new_zeros(shape, dtype=torch.float64)
     if total.numel() and x.numel() and w.numel():
         total = torch.ops.aten.convolution(_real(x), _real(w), None, stride, padding, dilation, False, [0, 0], groups)
@@ -58,19 +49,9 @@ def _conv(
     return _channels_last(_finish(total, x_scale.reshape(-1, 1, 1, 1), w_scale.reshape(1, -1, 1, 1), bias, dtype))
 
 
-def _conv_grad_a(
-    e: Tensor,
-    w: Tensor,
-    e_scale: Tensor,
-    w_scale: Tensor,
-    a_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_grad_a(e, w, e_scale, w_scale, a_shape, stride, padding, dilation, groups, dtype)
+def _conv_grad_a(e: Tensor, w: Tensor, e_scale: Tensor, w_scale: Tensor, a_shape: Sequence[int], *how: Any) -> Tensor:
+    _check_grad_a(e, w, e_scale, w_scale, a_shape, *how)
+    stride, padding, dilation, groups, dtype = how
     total = e.new_zeros(list(a_shape), dtype=torch.float64)
     if total.numel() and e.numel() and w.numel():
         wanted = [True, False, False]  # of the operand that is not multiplied only the shape counts
@@ -81,19 +62,9 @@ def _conv_grad_a(
     return _channels_last(_finish(total, e_scale.reshape(-1, 1, 1, 1), right.reshape(1, -1, 1, 1), None, dtype))
 
 
-def _conv_grad_w(
-    e: Tensor,
-    x: Tensor,
-    e_scale: Tensor,
-    x_scale: Tensor,
-    w_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_grad_w(e, x, e_scale, x_scale, w_shape, stride, padding, dilation, groups, dtype)
+def _conv_grad_w(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape: Sequence[int], *how: Any) -> Tensor:
+    _check_grad_w(e, x, e_scale, x_scale, w_shape, *how)
+    stride, padding, dilation, groups, dtype = how
     total = e.new_zeros(list(w_shape), dtype=torch.float64)
     if total.numel() and e.numel() and x.numel():
         wanted = [False, True, False]
@@ -115,6 +86,8 @@ def _channels_last(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
+_HOW = "int[] stride, int[] padding, int[] dilation, int groups, ScalarType dtype"
+"""The last arguments of every convolution, `*how` in this file."""
 _int8_matmul = Operator(
     "lowbit::int8_matmul",
     _matmul,
@@ -123,26 +96,17 @@ _int8_matmul = Operator(
 _int8_conv = Operator(
     "lowbit::int8_conv",
     _conv,
-    (
-        "(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias, int[] stride, int[] padding, "
-        "int[] dilation, int groups, ScalarType dtype) -> Tensor"
-    ),
+    f"(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, Tensor? bias, {_HOW}) -> Tensor",
 )
 _int8_conv_grad_a = Operator(
     "lowbit::int8_conv_grad_a",
     _conv_grad_a,
-    (
-        "(Tensor e, Tensor w, Tensor e_scale, Tensor w_scale, SymInt[] a_shape, int[] stride, int[] padding, "
-        "int[] dilation, int groups, ScalarType dtype) -> Tensor"
-    ),
+    f"(Tensor e, Tensor w, Tensor e_scale, Tensor w_scale, SymInt[] a_shape, {_HOW}) -> Tensor",
 )
 _int8_conv_grad_w = Operator(
     "lowbit::int8_conv_grad_w",
     _conv_grad_w,
-    (
-        "(Tensor e, Tensor x, Tensor e_scale, Tensor x_scale, SymInt[] w_shape, int[] stride, int[] padding, "
-        "int[] dilation, int groups, ScalarType dtype) -> Tensor"
-    ),
+    f"(Tensor e, Tensor x, Tensor e_scale, Tensor x_scale, SymInt[] w_shape, {_HOW}) -> Tensor",
 )
 
 
@@ -153,21 +117,21 @@ def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | Non
 
 
 @_int8_conv.register_fake
-def _(x, w, x_scale, w_scale, bias, stride, padding, dilation, groups, dtype):
-    shape = _check_conv(x, w, x_scale, w_scale, bias, stride, padding, dilation, groups, dtype)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+def _(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    shape = _check_conv(x, w, x_scale, w_scale, bias, *how)
+    return torch.empty(shape, dtype=how[-1], device=x.device, memory_format=torch.channels_last)
 
 
 @_int8_conv_grad_a.register_fake
-def _(e, w, e_scale, w_scale, a_shape, stride, padding, dilation, groups, dtype):
-    _check_grad_a(e, w, e_scale, w_scale, a_shape, stride, padding, dilation, groups, dtype)
-    return torch.empty(a_shape, dtype=dtype, device=e.device, memory_format=torch.channels_last)
+def _(e: Tensor, w: Tensor, e_scale: Tensor, w_scale: Tensor, a_shape: Sequence[int], *how: Any) -> Tensor:
+    _check_grad_a(e, w, e_scale, w_scale, a_shape, *how)
+    return torch.empty(a_shape, dtype=how[-1], device=e.device, memory_format=torch.channels_last)
 
 
 @_int8_conv_grad_w.register_fake
-def _(e, x, e_scale, x_scale, w_shape, stride, padding, dilation, groups, dtype):
-    _check_grad_w(e, x, e_scale, x_scale, w_shape, stride, padding, dilation, groups, dtype)
-    return e.new_empty(w_shape, dtype=dtype)
+def _(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape: Sequence[int], *how: Any) -> Tensor:
+    _check_grad_w(e, x, e_scale, x_scale, w_shape, *how)
+    return e.new_empty(w_shape, dtype=how[-1])
 
 
 declare("lowbit::int8_matmul", _matmul, {"cpu": "C++"})
@@ -269,6 +233,9 @@ def _check_codes(op: str, dims: int, dtype: torch.dtype, **codes: Tensor) -> Non
             raise ValueError(f"{op} needs operands with {dims} axes, got {name} of shape {tuple(x.shape)}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"{op} gives float32 or bfloat16, not {dtype}; convert its result")
+    left, right = (x.device for x in codes.values())
+    if left != right:
+        raise ValueError(f"{op} needs operands on one device, got {left} and {right}")
 
 
 def _check_vector(op: str, name: str, x: Tensor, axis: str, n: int, like: Tensor, one: bool = True) -> None:
@@ -290,8 +257,6 @@ def _check_matmul(
     _check_codes(op, 2, dtype, a=a, b=b)
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"{op} needs a (M, K) and b (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.device != b.device:
-        raise ValueError(f"{op} needs operands on one device, got {a.device} and {b.device}")
     _check_vector(op, "a_scale", a_scale, "row of a", a.shape[0], a)
     _check_vector(op, "b_scale", b_scale, "column of b", b.shape[1], a)
     if bias is not None:
@@ -331,22 +296,11 @@ def _check_geometry(
 
 
 def _check_conv(
-    x: Tensor,
-    w: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, *how: Any
 ) -> tuple[int, int, int, int]:
     op = "int8_conv"
-    _check_codes(op, 4, dtype, x=x, w=w)
-    if x.device != w.device:
-        raise ValueError(f"{op} needs operands on one device, got {x.device} and {w.device}")
-    shape = _check_geometry(op, x.shape, w.shape, stride, padding, dilation, groups)
+    _check_codes(op, 4, how[-1], x=x, w=w)
+    shape = _check_geometry(op, x.shape, w.shape, *how[:-1])
     _check_vector(op, "x_scale", x_scale, "sample", x.shape[0], x)
     _check_vector(op, "w_scale", w_scale, "output channel", w.shape[0], x)
     if bias is not None:
@@ -354,47 +308,22 @@ def _check_conv(
     return shape
 
 
-def _check_grad_a(
-    e: Tensor,
-    w: Tensor,
-    e_scale: Tensor,
-    w_scale: Tensor,
-    a_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> None:
+def _check_grad_a(e: Tensor, w: Tensor, e_scale: Tensor, w_scale: Tensor, a_shape: Sequence[int], *how: Any) -> None:
     op = "int8_conv_grad_a"
-    _check_codes(op, 4, dtype, e=e, w=w)
-    if e.device != w.device:
-        raise ValueError(f"{op} needs operands on one device, got {e.device} and {w.device}")
-    shape = _check_geometry(op, a_shape, w.shape, stride, padding, dilation, groups)
-    if tuple(e.shape) != shape:
-        raise ValueError(f"{op}: this convolution gives {shape}, but e has shape {tuple(e.shape)}")
+    _check_codes(op, 4, how[-1], e=e, w=w)
+    _check_error(op, e, _check_geometry(op, a_shape, w.shape, *how[:-1]))
     _check_vector(op, "e_scale", e_scale, "sample", e.shape[0], e)
     _check_vector(op, "w_scale", w_scale, "input channel of a group", w.shape[1], e)
 
 
-def _check_grad_w(
-    e: Tensor,
-    x: Tensor,
-    e_scale: Tensor,
-    x_scale: Tensor,
-    w_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> None:
+def _check_grad_w(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape: Sequence[int], *how: Any) -> None:
     op = "int8_conv_grad_w"
-    _check_codes(op, 4, dtype, e=e, x=x)
-    if e.device != x.device:
-        raise ValueError(f"{op} needs operands on one device, got {e.device} and {x.device}")
-    shape = _check_geometry(op, x.shape, w_shape, stride, padding, dilation, groups)
-    if tuple(e.shape) != shape:
-        raise ValueError(f"{op}: this convolution gives {shape}, but e has shape {tuple(e.shape)}")
+    _check_codes(op, 4, how[-1], e=e, x=x)
+    _check_error(op, e, _check_geometry(op, x.shape, w_shape, *how[:-1]))
     _check_vector(op, "e_scale", e_scale, "output channel", e.shape[1], e)
     _check_vector(op, "x_scale", x_scale, "input channel", x.shape[1], e)
+
+
+def _check_error(op: str, e: Tensor, shape: tuple[int, int, int, int]) -> None:
+    if tuple(e.shape) != shape:
+        raise ValueError(f"{op}: this convolution gives {shape}, but e has shape {tuple(e.shape)}")
