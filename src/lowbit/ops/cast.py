@@ -24,6 +24,7 @@ A NaN in a result has no sign and no payload. Not differentiable: gradient rules
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,43 +204,25 @@ def _cast_definition(
 
 
 def _cast_absmax_definition(
-    x: Tensor,
-    key: Tensor | None,
-    block_strides: Sequence[int],
-    blocks: int,
-    denominator: float,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding: str,
-    result: str,
+    x: Tensor, key: Tensor | None, block_strides: Sequence[int], blocks: int, denominator: float, *how: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, result)
+    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, how[-1])
     x = _float32(x)
     scale = _absmax_definition(x, block_strides, blocks) / denominator
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    q = _cast_definition(x, scale, None, key, None, block_strides, kind, numbers, table, rounding, result)
-    return q, scale
+    return _cast_definition(x, scale, None, key, None, block_strides, *how), scale
 
 
-def _pair_definition(
-    x: Tensor,
-    key1: Tensor | None,
-    key2: Tensor | None,
-    strides1: Sequence[int],
-    blocks1: int,
-    strides2: Sequence[int],
-    blocks2: int,
-    denominator: float,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding1: str,
-    rounding2: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rest = denominator, kind, numbers, table
-    first = _cast_absmax_definition(x, key1, strides1, blocks1, *rest, rounding1, "codes")
-    return *first, *_cast_absmax_definition(x, key2, strides2, blocks2, *rest, rounding2, "codes")
+def _pair_definition(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = _both(rest)
+    return *_cast_absmax_definition(x, *first), *_cast_absmax_definition(x, *second)
+
+
+def _both(rest: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of `cast_absmax` after x for each of a pair's casts, from those of the pair."""
+    key1, key2, strides1, blocks1, strides2, blocks2, *shared, rounding1, rounding2 = rest
+    first = key1, strides1, blocks1, *shared, rounding1, "codes"
+    return first, (key2, strides2, blocks2, *shared, rounding2, "codes")
 
 
 def _result(x: Tensor, result: str) -> Tensor:
@@ -268,6 +251,7 @@ def _dense(x: Tensor) -> bool:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _CAST = "str kind, float[] numbers, Tensor? table, str rounding, str result"
+"""The last arguments of every cast but the pair, `*how` in this file."""
 
 _absmax_op = Operator(
     "lowbit::block_absmax",
@@ -329,48 +313,20 @@ def _(
 
 
 @_cast_absmax_op.register_fake
-def _(
-    x: Tensor,
-    key: Tensor | None,
-    block_strides: Sequence[int],
-    blocks: int,
-    denominator: float,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding: str,
-    result: str,
+def _cast_absmax_fake(
+    x: Tensor, key: Tensor | None, block_strides: Sequence[int], blocks: int, denominator: float, *how: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, result)
+    _check_absmax("cast_absmax", x, block_strides, blocks, denominator, how[-1])
     x = _float32(x)
     scale = x.new_empty(blocks)
-    _check_cast(x, scale, None, key, None, block_strides, kind, numbers, table, rounding, result)
-    return _result(x, result), scale
+    _check_cast(x, scale, None, key, None, block_strides, *how)
+    return _result(x, how[-1]), scale
 
 
 @_pair_op.register_fake
-def _(
-    x: Tensor,
-    key1: Tensor | None,
-    key2: Tensor | None,
-    strides1: Sequence[int],
-    blocks1: int,
-    strides2: Sequence[int],
-    blocks2: int,
-    denominator: float,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding1: str,
-    rounding2: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, "codes")
-    _check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, "codes")
-    x = _float32(x)
-    scale1, scale2 = x.new_empty(blocks1), x.new_empty(blocks2)
-    _check_cast(x, scale1, None, key1, None, strides1, kind, numbers, table, rounding1, "codes")
-    _check_cast(x, scale2, None, key2, None, strides2, kind, numbers, table, rounding2, "codes")
-    return _result(x, "codes"), scale1, _result(x, "codes"), scale2
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = _both(rest)
+    return *_cast_absmax_fake(x, *first), *_cast_absmax_fake(x, *second)
 
 
 declare("lowbit::block_absmax", _absmax_definition, {"cpu": "C++"})
