@@ -11,7 +11,7 @@ TEST_TIMEOUT ?= 240
 DEMO_METHODS := fp32,int8,fp8,luq,psq,lsq,pact,dorefa,twn
 DEMO_FLAGS := --data digits --out runs/demo --open-report no
 
-# what the sanitizers' run-time library needs before anything else is loaded
+# what the sanitizers' run-time library needs before anything else is loaded (GCC's: `make asan` is not for Clang)
 ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 ASAN_FUZZ ?= 5000
 # `make cross`: another processor's compiler, and what runs its programs here
