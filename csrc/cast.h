@@ -46,8 +46,10 @@ struct CastTile {
   int64_t ahead;        // with `inverse`: elements soon needed are so far behind these in memory
   const float* scale;
   const float* zero;               // or null
+  const float* offset;             // or null: taken off before and added to the values
+  const float* step;               // or null: the factor of the values, where it is not `scale`
   const float* inverse;            // null, or 1 / scale: see `codes_tile`
-  int64_t scale_row;               // of `scale`, `zero` and `inverse`
+  int64_t scale_row;               // of all numbers of blocks
   bool scale_column;               // one value for each column, otherwise for each row
   void* out;                       // float, or int8_t for codes
   int64_t out_row;
@@ -67,6 +69,7 @@ struct BlockTile {
 struct CastKernels {
   static constexpr int64_t tile = 2048;  // at most so many elements, with four more for each row unless there is one
   static constexpr int64_t wide_tile = 8192;  // the same without uniforms, of codes
+  static constexpr int64_t columns = 512;  // at most so many, where each has its own block, in statistics
   static constexpr int64_t buffer = tile + 128;  // numbers that uniforms may take
   void (*cast)(const CastFormat& format, const CastTile& tile);
   void (*uniforms)(const CastUniforms& job, CastTile& tile);  // sets u, u_row and perhaps draw

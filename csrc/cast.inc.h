@@ -1,5 +1,5 @@
-// lowbit::cast: t = x / scale + zero, rounded to the grid, back to (grid - zero) * scale. Every operation is rounded by
-// itself, as in the definition.
+// lowbit::cast: t = (x - offset) / scale + zero, rounded to the grid, back to (grid - zero) * step + offset. Every
+// operation is rounded by itself, as in the definition.
 //
 // The rounding rules are written once, for lanes of float: sixteen with AVX-512, otherwise one at a time.
 #pragma once
@@ -457,19 +457,28 @@ void uniforms(const CastUniforms& job, CastTile& tile) {
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
+// The numbers of a block, or of the blocks of lanes; those that a tile lacks are not used.
+struct BlockLanes {
+  LaneF scale, zero, offset, step;
+
+  template <class Load>
+  BlockLanes(const CastTile& tile, int64_t at, Load load)
+      : scale(load(tile.scale + at)),
+        zero(tile.zero == nullptr ? scale : load(tile.zero + at)),
+        offset(tile.offset == nullptr ? scale : load(tile.offset + at)),
+        step(tile.step == nullptr ? scale : load(tile.step + at)) {}
+};
+
 template <class Round, bool scale_column, bool whole>
-inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c, LaneF scale,
-                       LaneF zero, Lanes::Mask part) {
+inline void cast_lanes(const Round& round, CastResult result, const CastTile& tile, int64_t r, int64_t c,
+                       const BlockLanes& row, Lanes::Mask part) {
   using L = Lanes;
   const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
   const LaneF x = load(tile.x + r * tile.x_row + c);
   const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
-  if constexpr (scale_column) {
-    scale = load(tile.scale + r * tile.scale_row + c);
-    if (tile.zero != nullptr) zero = load(tile.zero + r * tile.scale_row + c);
-  }
-  LaneF t = x / scale;
-  if (tile.zero != nullptr) t = t + zero;
+  const BlockLanes block = scale_column ? BlockLanes(tile, r * tile.scale_row + c, load) : row;
+  LaneF t = (tile.offset != nullptr ? x - block.offset : x) / block.scale;
+  if (tile.zero != nullptr) t = t + block.zero;
   LaneF y = round(t, u);
   const int64_t at = r * tile.out_row + c;
   if (result == CastResult::codes) {
@@ -477,7 +486,10 @@ inline void cast_lanes(const Round& round, CastResult result, const CastTile& ti
     whole ? L::store(out, y) : L::store(out, y, part);
     return;
   }
-  if (result == CastResult::values) y = (tile.zero != nullptr ? y - zero : y) * scale;
+  if (result == CastResult::values) {
+    y = (tile.zero != nullptr ? y - block.zero : y) * block.step;
+    if (tile.offset != nullptr) y = y + block.offset;
+  }
   y = L::where(L::is_nan(y), L::real(L::set(0x7fc00000)), y);
   float* out = static_cast<float*>(tile.out) + at;
   whole ? L::store(out, y) : L::store(out, y, part);
@@ -500,15 +512,14 @@ void cast_tile(const CastFormat& format, const CastTile& given) {
   const int64_t rest = tile.columns % Lanes::count, whole = tile.columns - rest;
   typename ChooseDraw<drawing>::type draw(tile.draw);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const LaneF scale = Lanes::set(tile.scale[r * tile.scale_row]);
-    const LaneF zero = Lanes::set(tile.zero == nullptr ? 0.0f : tile.zero[r * tile.scale_row]);
+    const BlockLanes row(tile, r * tile.scale_row, [](const float* p) { return Lanes::set(*p); });
     for (int64_t c = 0; c < whole; c += Lanes::count) {
       draw.until(tile.u + r * tile.u_row + c + Lanes::count);
-      cast_lanes<Round, scale_column, true>(round, result, tile, r, c, scale, zero, Lanes::Mask());
+      cast_lanes<Round, scale_column, true>(round, result, tile, r, c, row, Lanes::Mask());
     }
     if (rest) {
       draw.until(tile.u + r * tile.u_row + tile.columns);
-      cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, scale, zero, Lanes::first(rest));
+      cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, row, Lanes::first(rest));
     }
   }
 }
@@ -683,41 +694,73 @@ void absmax(const BlockTile& tile) {
   tile.x16 == nullptr ? absmax_tile(tile, tile.x) : absmax_tile(tile, tile.x16);
 }
 
-void minmax(const BlockTile& tile) {
+// A NaN that is there stays, one that comes is put in.
+inline LaneF least_of(LaneF x, LaneF low) { return Lanes::where(Lanes::is_nan(x), x, Lanes::smaller(x, low)); }
+inline LaneF most_of(LaneF x, LaneF high) { return Lanes::where(Lanes::is_nan(x), x, Lanes::larger(x, high)); }
+
+template <int64_t count>
+struct Ends {
+  LaneF least[count], most[count];
+
+  void add(int64_t i, LaneF x) { least[i] = least_of(x, least[i]), most[i] = most_of(x, most[i]); }
+};
+
+// The rows of some vectors of columns one after another: the ends stay in registers.
+template <int64_t count, class... Part>
+inline void minmax_columns(const BlockTile& tile, int64_t c, Part... part) {
   using L = Lanes;
-  const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
-  const auto part = L::first(rest);
-  // the second operand counts where one is NaN: a NaN that is there stays, one that comes is put in
-  const auto smaller = [](LaneF x, LaneF low) { return L::where(L::is_nan(x), x, L::smaller(x, low)); };
-  const auto larger = [](LaneF x, LaneF high) { return L::where(L::is_nan(x), x, L::larger(x, high)); };
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float* x = tile.x + r * tile.x_row;
-    float *low = tile.low + r * tile.block_row, *high = tile.high + r * tile.block_row;
-    if (tile.block_column) {
-      for (int64_t c = 0; c < whole; c += L::count) {
-        const LaneF v = L::load(x + c);
-        L::store(low + c, smaller(v, L::load(low + c)));
-        L::store(high + c, larger(v, L::load(high + c)));
-      }
-      if (rest) {
-        const LaneF v = L::load(x + whole, part);
-        L::store(low + whole, smaller(v, L::load(low + whole, part)), part);
-        L::store(high + whole, larger(v, L::load(high + whole, part)), part);
-      }
-    } else {
-      LaneF least = L::set(*low), most = L::set(*high);
-      for (int64_t c = 0; c < whole; c += L::count) {
-        const LaneF v = L::load(x + c);
-        least = smaller(v, least), most = larger(v, most);
-      }
-      if (rest) {
-        const LaneF v = L::load(x + whole, part), first = L::set(x[0]);
-        least = smaller(L::where(part, v, first), least), most = larger(L::where(part, v, first), most);
-      }
-      const bool nan = L::any(L::is_nan(least));
-      *low = nan ? __builtin_nanf("") : L::smallest(least);
-      *high = nan ? __builtin_nanf("") : L::largest(most);
-    }
+  Ends<count> ends;
+  for (int64_t i = 0; i < count; ++i) {
+    ends.least[i] = L::load(tile.low + c + i * L::count, part...);
+    ends.most[i] = L::load(tile.high + c + i * L::count, part...);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int64_t i = 0; i < count; ++i) ends.add(i, L::load(tile.x + r * tile.x_row + c + i * L::count, part...));
+  for (int64_t i = 0; i < count; ++i) {
+    L::store(tile.low + c + i * L::count, ends.least[i], part...);
+    L::store(tile.high + c + i * L::count, ends.most[i], part...);
+  }
+}
+
+// A row of one block.
+inline void minmax_row(const float* x, int64_t columns, float* low, float* high) {
+  using L = Lanes;
+  constexpr int64_t count = 4;
+  const LaneF old_low = L::set(*low), old_high = L::set(*high);
+  Ends<count> ends = {{old_low, old_low, old_low, old_low}, {old_high, old_high, old_high, old_high}};
+  int64_t c = 0;
+  for (; c + count * L::count <= columns; c += count * L::count)
+    for (int64_t i = 0; i < count; ++i) ends.add(i, L::load(x + c + i * L::count));
+  for (; c + L::count <= columns; c += L::count) ends.add(0, L::load(x + c));
+  if (c < columns) {
+    const auto part = L::first(columns - c);
+    ends.add(0, L::where(part, L::load(x + c, part), L::set(x[c])));
+  }
+  LaneF least = ends.least[0], most = ends.most[0];
+  for (int64_t i = 1; i < count; ++i) least = least_of(ends.least[i], least), most = most_of(ends.most[i], most);
+  const bool nan = L::any(L::is_nan(least));
+  *low = nan ? __builtin_nanf("") : L::smallest(least);
+  *high = nan ? __builtin_nanf("") : L::largest(most);
+}
+
+void minmax(const BlockTile& given) {
+  using L = Lanes;
+  BlockTile tile = given;
+  if (!tile.block_column) {
+    if (tile.block_row == 0 && tile.x_row == tile.columns)
+      tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
+    for (int64_t r = 0; r < tile.rows; ++r)
+      minmax_row(tile.x + r * tile.x_row, tile.columns, tile.low + r * tile.block_row, tile.high + r * tile.block_row);
+    return;
+  }
+  const int64_t rows = tile.block_row == 0 ? 1 : tile.rows, rest = tile.columns % L::count;
+  if (rows > 1) tile.rows = 1;  // of which each has its own blocks
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    for (; c + 4 * L::count <= tile.columns; c += 4 * L::count) minmax_columns<4>(tile, c);
+    for (; c + L::count <= tile.columns; c += L::count) minmax_columns<1>(tile, c);
+    if (rest) minmax_columns<1>(tile, c, L::first(rest));
+    tile.x += tile.x_row, tile.low += tile.block_row, tile.high += tile.block_row;
   }
 }
 

@@ -192,6 +192,16 @@ struct Tiling {
     return first().block != 0 && columns.block == 0 && (outer.empty() || rows.block == 0);
   }
 
+  // into tiles of at most these columns, and as many rows as give so many elements, counting `spare` more for each row
+  void cut(int64_t most_columns, int64_t elements, int64_t spare = 4) {
+    tile_columns = std::min(most_columns, columns.size);
+    tile_rows = std::min(rows.size, std::max<int64_t>(1, elements / (tile_columns + spare)));
+    row_tiles = (rows.size + tile_rows - 1) / tile_rows;
+    column_tiles = (columns.size + tile_columns - 1) / tile_columns;
+    tiles = row_tiles * column_tiles;
+    for (const Axis& a : outer) tiles *= a.size;
+  }
+
   Part part(int64_t tile) const {
     Part p;
     const auto move = [&p](const Axis& a, int64_t by) {
@@ -261,16 +271,11 @@ Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const st
   }
   t.outer = std::move(merged);
   if (keyed && t.columns.index != 1) {
-    t.tile_columns = std::min<int64_t>(64, t.columns.size);
-    t.tile_rows = std::min(t.rows.size, most / ((t.tile_columns + 15) / 16 * 16));
+    const int64_t vectors = (std::min<int64_t>(64, t.columns.size) + 15) / 16;
+    t.cut(64, std::min<int64_t>(64, t.columns.size) * (most / (16 * vectors)), 0);
   } else {
-    t.tile_columns = std::min(most, t.columns.size);
-    t.tile_rows = std::min(t.rows.size, std::max<int64_t>(1, most / (t.tile_columns + 4)));
+    t.cut(most, most);
   }
-  t.row_tiles = (t.rows.size + t.tile_rows - 1) / t.tile_rows;
-  t.column_tiles = (t.columns.size + t.tile_columns - 1) / t.tile_columns;
-  t.tiles = t.row_tiles * t.column_tiles;
-  for (const Axis& a : t.outer) t.tiles *= a.size;
   return t;
 }
 
@@ -286,6 +291,51 @@ const float* copied(const X* p, const Part& part, int64_t column, int64_t* row, 
   *row = part.columns;
   return buffer.data();
 }
+
+// Blocks numbered in the order of the memory of x, so that neighbours lie side by side.
+struct Numbering {
+  std::vector<int64_t> strides;  // block strides
+  std::vector<int64_t> given;    // the number a block came with; empty if that is its number
+
+  Numbering(const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks) : strides(block_strides) {
+    std::vector<size_t> axes;
+    for (size_t d = 0; d < strides.size(); ++d)
+      if (strides[d] != 0 && x.size(int64_t(d)) > 1) axes.push_back(d);
+    std::sort(axes.begin(), axes.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+    std::vector<size_t> order = axes;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return x.stride(int64_t(a)) > x.stride(int64_t(b)); });
+    if (order == axes) return;
+    int64_t count = 1;
+    for (size_t i = axes.size(); i-- > 0; count *= x.size(int64_t(axes[i])))
+      if (strides[axes[i]] != count) return;  // elements of several axes share a block
+    if (count != blocks) return;
+    count = 1;
+    given.assign(1, 0);
+    given.reserve(size_t(blocks));
+    for (const size_t d : order) {
+      std::vector<int64_t> finer;
+      finer.reserve(size_t(blocks));
+      for (const int64_t coarse : given)
+        for (int64_t i = 0; i < x.size(int64_t(d)); ++i) finer.push_back(coarse + i * block_strides[d]);
+      given = std::move(finer);
+    }
+    for (size_t i = order.size(); i-- > 0; count *= x.size(int64_t(order[i]))) strides[order[i]] = count;
+  }
+  // one number a block in this order
+  const float* in_order(const float* values, std::vector<float>& buffer) const {
+    if (values == nullptr || given.empty()) return values;
+    buffer.resize(given.size());
+    for (size_t i = 0; i < given.size(); ++i) buffer[i] = values[given[i]];
+    return buffer.data();
+  }
+  // and back, in place
+  void as_given(float* values) const {
+    if (values == nullptr || given.empty()) return;
+    const std::vector<float> ordered(values, values + given.size());
+    for (size_t i = 0; i < given.size(); ++i) values[given[i]] = ordered[i];
+  }
+};
 
 // The numbers of a tile with neighbouring columns: in place where they are, otherwise copied into the buffer.
 const float* gathered(const float* p, const Part& part, int64_t column, int64_t* row, std::vector<float>& buffer) {
@@ -386,7 +436,15 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
   reset(job, low, high, job.blocks);
   const int64_t pieces = std::min<int64_t>(torch::stable::get_num_threads(), (tiles.tiles + grain - 1) / grain);
   const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
-  if (pieces > 1 && tiles.disjoint() && units >= 2 * pieces) {
+  if (tiles.outer.empty() && tiles.rows.block == 0 && tiles.columns.block == 1 && tiles.column_tiles >= 2 * pieces) {
+    // blocks are columns: all rows of a few columns, then the next
+    torch::stable::parallel_for(0, tiles.column_tiles, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer;
+      for (int64_t column = begin; column < end; ++column)
+        for (int64_t row = 0; row < tiles.row_tiles; ++row)
+          reduce_tile(kernels, job, row * tiles.column_tiles + column, low, high, buffer);
+    });
+  } else if (pieces > 1 && tiles.disjoint() && units >= 2 * pieces) {
     torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain / unit),
                                 [&](int64_t begin, int64_t end) { run(begin * unit, end * unit, low, high); });
   } else if (pieces > 1 && job.blocks * pieces * 4 <= tiles.tiles * elements) {
@@ -418,8 +476,12 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
 void reduce(const CastKernels& kernels, const Tensor& x, const std::vector<int64_t>& block_strides, int64_t blocks,
             bool both, float* low, float* high) {
   const std::vector<int64_t> none(size_t(x.dim()), 0);
-  const Tiling tiles = tiling(x, none, block_strides, nullptr, false, true);
+  const Numbering numbering(x, block_strides, blocks);
+  Tiling tiles = tiling(x, none, numbering.strides, nullptr, false, true);
+  if (tiles.columns.block == 1 && tiles.rows.block == 0) tiles.cut(CastKernels::columns, CastKernels::wide_tile);
   reduce(kernels, {tiles, Numbers(x), blocks, both}, low, high);
+  if (both) numbering.as_given(low);
+  numbering.as_given(high);
 }
 
 Tensor per_block(int64_t blocks) { return torch::stable::empty({&blocks, 1}, ScalarType::Float); }
@@ -448,16 +510,17 @@ struct Cast {
   Tiling tiles;
   CastFormat format;
   Numbers x;
-  const float *scale, *zero, *u;
-  const float* inverse;  // see CastTile
-  void* out;
-  bool keyed;
-  uint32_t key[2], high[2];
+  const float *scale = nullptr, *u = nullptr;
+  const float *zero = nullptr, *offset = nullptr, *step = nullptr;
+  const float* inverse = nullptr;  // see CastTile
+  void* out = nullptr;
+  bool keyed = false;
+  uint32_t key[2] = {0, 0}, high[2] = {0, 0};
   int64_t ahead = 0;  // see CastTile
 };
 
 struct Buffers {
-  std::vector<float> x, u, scale, zero, inverse;
+  std::vector<float> x, u, scale, zero, offset, step, inverse;
 };
 
 void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers) {
@@ -467,19 +530,17 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   job.x.place(t, part, job.tiles, job.inverse == nullptr, buffers.x);
   t.ahead = job.ahead;
   t.scale_column = columns.block != 0;
-  t.scale_row = rows.block;
-  t.scale = job.scale + part.at.block;
-  t.zero = job.zero == nullptr ? nullptr : job.zero + part.at.block;
-  t.inverse = job.inverse == nullptr ? nullptr : job.inverse + part.at.block;
-  if (columns.block > 1) {
-    const auto spread = [&](const float* values, std::vector<float>& buffer) {
-      t.scale_row = rows.block;
-      return values == nullptr ? nullptr : gathered(values, part, columns.block, &t.scale_row, buffer);
-    };
-    t.zero = spread(t.zero, buffers.zero);
-    t.inverse = spread(t.inverse, buffers.inverse);
-    t.scale = spread(t.scale, buffers.scale);
-  }
+  const auto of_tile = [&](const float* values, std::vector<float>& buffer) {
+    t.scale_row = rows.block;
+    if (values == nullptr) return values;
+    values += part.at.block;
+    return columns.block > 1 ? gathered(values, part, columns.block, &t.scale_row, buffer) : values;
+  };
+  t.zero = of_tile(job.zero, buffers.zero);
+  t.offset = of_tile(job.offset, buffers.offset);
+  t.step = of_tile(job.step, buffers.step);
+  t.inverse = of_tile(job.inverse, buffers.inverse);
+  t.scale = of_tile(job.scale, buffers.scale);
   t.u = nullptr;
   t.draw = nullptr;
   lowbit::CastUniforms want;
@@ -530,7 +591,7 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
                                  const std::vector<int64_t>& block_strides, const CastFormat& format) {
   STD_TORCH_CHECK(key.has_value() + u.has_value() == (format.rounding == CastRounding::stochastic),
                   "stochastic rounding needs exactly one of key and u, other roundings neither");
-  Cast job = {{}, format, Numbers(x), nullptr, nullptr, nullptr, nullptr, nullptr, false, {0, 0}, {0, 0}};
+  Cast job = {{}, format, Numbers(x)};
   job.keyed = key.has_value();
   if (key.has_value()) {
     STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 3,
@@ -576,14 +637,22 @@ const float* check_per_block(const char* name, const Tensor& t, int64_t blocks) 
 
 Tensor cast(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero, std::optional<Tensor> key,
             std::optional<Tensor> u, std::vector<int64_t> block_strides, std::string kind, std::vector<double> numbers,
-            std::optional<Tensor> table, std::string rounding, std::string result) {
+            std::optional<Tensor> table, std::string rounding, std::string result, std::optional<Tensor> offset,
+            std::optional<Tensor> step) {
   const int64_t blocks = scale.numel();
   check_blocks("cast", x, block_strides, blocks);
-  const float* scales = check_per_block("scale", scale, blocks);
-  const float* zeros = zero.has_value() ? check_per_block("zero", *zero, blocks) : nullptr;
-  auto [job, out] = prepared(x, key, u, block_strides, cast_format(kind, numbers, table, rounding, result));
-  job.scale = scales, job.zero = zeros;
-  if (x.numel() != 0) run(lowbit::kernels().cast, job);
+  const auto values = [&](const char* name, const std::optional<Tensor>& t) {
+    return t.has_value() ? check_per_block(name, *t, blocks) : nullptr;
+  };
+  const float *scales = check_per_block("scale", scale, blocks), *zeros = values("zero", zero);
+  const float *offsets = values("offset", offset), *steps = values("step", step);
+  const Numbering numbering(x, block_strides, blocks);
+  auto [job, out] = prepared(x, key, u, numbering.strides, cast_format(kind, numbers, table, rounding, result));
+  if (x.numel() == 0) return out;
+  Buffers ordered;
+  job.scale = numbering.in_order(scales, ordered.scale), job.zero = numbering.in_order(zeros, ordered.zero);
+  job.offset = numbering.in_order(offsets, ordered.offset), job.step = numbering.in_order(steps, ordered.step);
+  run(lowbit::kernels().cast, job);
   return out;
 }
 

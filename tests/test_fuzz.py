@@ -356,7 +356,9 @@ def _(r: Draw) -> tuple[Any, ...]:
             key = r.key()
         else:
             u = r.laid_out(torch.rand(x.shape, generator=r.torch))
-    return x, scale, zero, key, u, strides, kind, numbers, table, rounding, result_of(r, kind, numbers)
+    offset, step = (r.floats(count).contiguous() if r.chance(0.2) else None for _ in range(2))
+    result = result_of(r, kind, numbers)
+    return x, scale, zero, key, u, strides, kind, numbers, table, rounding, result, offset, step
 
 
 @generator("lowbit::cast_absmax")

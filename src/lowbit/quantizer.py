@@ -100,11 +100,6 @@ def integers_twice(
     return (codes1, scale1), (codes2, scale2)
 
 
-def _spread(value: Tensor, view: Tensor, strides: list[int]) -> Tensor:
-    """A number a block, `(blocks, 1)`, at every element of a view with these block strides."""
-    return value.contiguous().as_strided(view.shape, strides)
-
-
 def _coded(s: Scaling, grid: Tensor | Callable[[], Tensor]) -> Coded:
     extra = {} if s.offset is None else {"offset": s.offset}
     return Coded(grid, s.scale if s.step is None else s.step, s.format, s.zero, extra, s.divisor)
@@ -659,19 +654,14 @@ class Quantizer(nn.Module):
             return None
         view, strides = b.view, b.strides
         zero = None if s.zero is None else s.zero.flatten()
-        shifted = view if s.offset is None else view - _spread(s.offset, view, strides)
+        offset, step = (None if t is None else t.flatten() for t in (s.offset, s.step))
         uniforms = None if u is None else u.to(x.dtype).reshape(view.shape)
 
         def run(result: str) -> Tensor:
-            return cast(shifted, s.scale.flatten(), zero, key, uniforms, strides, *arguments, mode, result)
+            scale = s.scale.flatten()
+            return cast(view, scale, zero, key, uniforms, strides, *arguments, mode, result, offset, step)
 
-        if s.step is None:
-            q = run("values")
-        else:
-            q = run("grid")
-            q = (q if s.zero is None else q - _spread(s.zero, view, strides)) * _spread(s.step, view, strides)
-        if s.offset is not None:
-            q = q + _spread(s.offset, view, strides)
+        q = run("values")
         coded = _coded(s, lambda: self.spec.blocks.view(run("grid").reshape(x.shape), self.layout))
         return coded, q.reshape(x.shape)
 

@@ -55,6 +55,18 @@ FORMATS: dict[str, Format] = {name: fmt for name, fmt in NAMED.items() if isinst
     "codebook 256": Codebook(tuple(math.sinh(i / 30) for i in range(-128, 128))),
 }
 PAIRS = [(name, rounding) for name, fmt in FORMATS.items() for rounding in ROUNDINGS if cast_arguments(fmt, rounding)]
+NUMBERS = [
+    (1.0, None, None, None),
+    (0.37, None, None, None),
+    (2.0**-20, None, None, 0.5),
+    (1.7, 0.3, -0.9, 2.1),
+    (1.0, 2.0, None, None),
+    (0.0, 1.0, None, 0.0),
+    (0.2, None, 3.3, None),
+    (1e-42, None, None, None),
+    (math.inf, None, 0.0, None),
+]
+"""Scale, zero, offset and step of a block."""
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45, -1e-45, 1.1e-38, -1.2e-38, 2.0**-126]
 
 
@@ -88,15 +100,28 @@ def inputs(fmt: Format, count: int, generator: torch.Generator) -> Tensor:
 
 
 def composition(
-    x: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format, rounding: str, u: Tensor | None
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    fmt: Format,
+    rounding: str,
+    u: Tensor | None,
+    offset: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Grid and values as a quantizer composes them; scale and zero broadcast."""
-    t = x / scale
+    """Grid and values as a quantizer composes them; the numbers of blocks broadcast."""
+    t = (x if offset is None else x - offset) / scale
     if zero is not None:
         t = t + zero
     grid = fmt.snap(t, rounding, u)
-    q = (grid if zero is None else grid - zero) * scale
+    q = (grid if zero is None else grid - zero) * (scale if step is None else step)
+    if offset is not None:
+        q = q + offset
     return canonical(grid), canonical(q)
+
+
+def optional(*values: float | None) -> list[Tensor | None]:
+    return [None if value is None else torch.tensor([value]) for value in values]
 
 
 @pytest.mark.parametrize("name, rounding", PAIRS)
@@ -108,12 +133,13 @@ def test_definition_is_snap(name: str, rounding: str) -> None:
     u = None if key is None else uniform(key, x.shape)
     arguments = cast_arguments(fmt, rounding)
     assert arguments is not None
-    for scale, zero in [(1.0, None), (0.37, None), (2.0**-20, None), (1.7, 0.3), (1.0, 2.0), (0.0, 1.0)]:
-        s, z = torch.tensor([scale]), None if zero is None else torch.tensor([zero])
-        grid, q = composition(x, s, z, fmt, rounding, u)
+    for scale, *others in NUMBERS:
+        s = torch.tensor([scale])
+        z, offset, step = optional(*others)
+        grid, q = composition(x, s, z, fmt, rounding, u, offset, step)
         for drawn in [(key, None), (None, u)] if key is not None else [(None, None)]:
-            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "grid"), grid)
-            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "values"), q)
+            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "grid", offset, step), grid)
+            assert same_bits(CAST(x, s, z, *drawn, [0], *arguments, rounding, "values", offset, step), q)
 
 
 def test_which_formats_have_kernels() -> None:
@@ -170,13 +196,15 @@ def test_kernels_equal_the_definition(name: str, isa: str) -> None:
         stochastic = rounding == "stochastic"
         u = torch.rand(x.shape, generator=generator)
         u[:20] = 0.0
-        for scale, zero in [(1.0, None), (0.37, None), (1e-42, None), (1.7, 0.3), (math.inf, None), (0.0, 1.0)]:
-            s, z = torch.tensor([scale]), None if zero is None else torch.tensor([zero])
+        for scale, *others in NUMBERS:
+            s = torch.tensor([scale])
+            z, offset, step = optional(*others)
             for drawn in [(key, None), (None, u)] if stochastic else [(None, None)]:
+                rest = [0], *arguments, rounding
                 for result in ("values", "grid"):
-                    compared += compare("cast", isa, x, s, z, *drawn, [0], *arguments, rounding, result).numel()
+                    compared += compare("cast", isa, x, s, z, *drawn, *rest, result, offset, step).numel()
                 if arguments[0] == "int" and fmt.bits <= 8 and arguments[1][2] == 0 and fmt.max <= 127:
-                    codes = compare("cast", isa, x, s, z, *drawn, [0], *arguments, rounding, "codes")
+                    codes = compare("cast", isa, x, s, z, *drawn, *rest, "codes", offset, step)
                     assert codes.dtype == torch.int8
     assert compared > 5000 or name in ("BF16", "E8M0")
 
@@ -238,7 +266,7 @@ def test_any_strides_and_blocks(isa: str) -> None:
         arguments = cast_arguments(fmt, rounding)
         assert arguments is not None
         scale = torch.rand(blocks) + 0.1
-        zero = torch.rand(blocks) if generator.random() < 0.3 else None
+        zero, offset, step = (torch.rand(blocks) if generator.random() < 0.3 else None for _ in range(3))
         key = u = None
         if rounding == "stochastic":
             if generator.random() < 0.7:
@@ -246,7 +274,8 @@ def test_any_strides_and_blocks(isa: str) -> None:
             else:
                 u = torch.rand(x.shape[::-1]).permute(list(range(x.dim() - 1, -1, -1)))
         result = generator.choice(["values", "grid", "codes"] if arguments[0] == "int" else ["values", "grid"])
-        compared += compare("cast", isa, x, scale, zero, key, u, strides, *arguments, rounding, result).numel()
+        rest = strides, *arguments, rounding, result, offset, step
+        compared += compare("cast", isa, x, scale, zero, key, u, *rest).numel()
         compare("block_absmax", isa, x, strides, blocks)
         compare("block_minmax", isa, x, strides, blocks)
         if u is None:
@@ -263,6 +292,12 @@ BIG: dict[str, tuple[Tensor, list[int], int]] = {
     "columns of a transposed matrix": (torch.randn(301, 700).t(), [0, 1], 301),
     "rows of a transposed matrix": (torch.randn(301, 700).t(), [1, 0], 700),
     "channels": (torch.randn(8, 24, 31, 33), [0, 1, 0, 0], 24),
+    "features": (torch.randn(50, 6, 31, 33), [0, 1023, 33, 1], 6138),
+    "features, channels last": (
+        torch.randn(50, 6, 31, 33).to(memory_format=torch.channels_last),
+        [0, 1023, 33, 1],
+        6138,
+    ),
     "channels last": (torch.randn(8, 24, 31, 33).to(memory_format=torch.channels_last), [0, 1, 0, 0], 24),
     "channels last, aligned": (torch.randn(8, 40, 32, 16).to(memory_format=torch.channels_last), [0, 1, 0, 0], 40),
     "samples, channels last": (torch.randn(8, 24, 31, 33).to(memory_format=torch.channels_last), [1, 0, 0, 0], 8),
@@ -283,8 +318,11 @@ def test_large_tensors_on_threads(layout: str, isa: str) -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             scale = compare("block_absmax", isa, x, strides, blocks) / 127
+            low, _ = backends.definition("lowbit::block_minmax")(x, strides, blocks)
             compare("block_minmax", isa, x, strides, blocks)
-            compare("cast", isa, x, scale, None, key, None, strides, *arguments, "stochastic", "values")
+            rest = strides, *arguments, "stochastic", "values"
+            compare("cast", isa, x, scale, None, key, None, *rest)
+            compare("cast", isa, x, scale, scale.ceil(), key, None, *rest, low, 2 * scale)
             compare("cast_absmax", isa, x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")
     finally:
         torch.set_num_threads(before)
@@ -494,6 +532,8 @@ def bad_calls() -> list[tuple[str, dict[str, object]]]:
         ("block 4", {"block_strides": [2, 1]}),
         ("scale.*float64", {"scale": torch.ones(2, dtype=torch.float64)}),
         ("zero.*(3,)", {"zero": torch.ones(3)}),
+        ("offset.*(1,)", {"offset": torch.ones(1)}),
+        ("step.*float64", {"step": torch.ones(2, dtype=torch.float64)}),
         ("exactly one", {"key": torch.tensor([1, 2, 3])}),
         ("exactly one", {"rounding": "stochastic"}),
         ("key is int64", {"rounding": "stochastic", "key": torch.tensor([1, 2])}),
@@ -528,6 +568,8 @@ def test_errors_name_the_value(message: str, change: dict[str, object]) -> None:
         "table": None,
         "rounding": "half_even",
         "result": "values",
+        "offset": None,
+        "step": None,
     }
     for call in (cast, CAST):
         with pytest.raises((TypeError, ValueError), match=message.replace("(", r"\(").replace(")", r"\)")):
@@ -565,6 +607,7 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
         (ops.block_minmax, (x, strides, blocks)),
         (ops.cast, (x, scale, scale, key, None, strides, *arguments, "stochastic", "codes")),
         (ops.cast, (x, scale, None, None, None, strides, *table, "half_up", "values")),
+        (ops.cast, (x, scale, None, key, None, strides, *arguments, "stochastic", "values", scale, scale)),
         (ops.cast_absmax, (x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
         (ops.cast_absmax, (x.to(torch.bfloat16), key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
         (ops.cast_absmax_pair, (x, key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings)),

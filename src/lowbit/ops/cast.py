@@ -1,9 +1,10 @@
 """Casts: a float32 tensor to its grid and back in one pass, with the scales of its blocks.
 
-    t = x / scale + zero        grid = snap(t)        q = (grid - zero) * scale
+    t = (x - offset) / scale + zero        grid = snap(t)        q = (grid - zero) * step + offset
 
 Element x[i0, i1, ...] belongs to block sum(i_d * block_strides[d]); an axis that lies inside the blocks has stride 0.
-`scale` and `zero` have one value a block. The uniform of an element is that of `lowbit::uniform` at its row-major index
+`scale`, `zero`, `offset` and `step` have one value a block; `zero` and `offset` may be left out, and `step` is `scale`
+unless given. The uniform of an element is that of `lowbit::uniform` at its row-major index
 in the shape of x, whatever the strides of x, so the result does not depend on the memory format.
 
 What `snap` is, the operators learn as plain values, from `cast_arguments(format, rounding)`:
@@ -183,23 +184,25 @@ def _cast_definition(
     table: Tensor | None,
     rounding: str,
     result: str,
+    offset: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> Tensor:
-    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result)
+    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result, offset, step)
     out = _result(x, result)
     if x.numel() == 0:
         return out
     if key is not None:
         u = uniform(key, x.shape)
-    step = _per_element(scale, x, block_strides)
-    offset = None if zero is None else _per_element(zero, x, block_strides)
-    t = x / step
-    if offset is not None:
-        t = t + offset
+    zero, offset = (None if b is None else _per_element(b, x, block_strides) for b in (zero, offset))
+    t = (x if offset is None else x - offset) / _per_element(scale, x, block_strides)
+    if zero is not None:
+        t = t + zero
     q = _snap(t, kind, numbers, table, rounding, u)
     if result == "codes":
         return out.copy_(q.masked_fill(q.isnan(), 0.0))
     if result == "values":
-        q = (q if offset is None else q - offset) * step
+        q = (q if zero is None else q - zero) * _per_element(scale if step is None else step, x, block_strides)
+        q = q if offset is None else q + offset
     return out.copy_(q.masked_fill(q.isnan(), torch.nan))
 
 
@@ -266,7 +269,8 @@ _minmax_op = Operator(
 _cast_op = Operator(
     "lowbit::cast",
     _cast_definition,
-    f"(Tensor x, Tensor scale, Tensor? zero, Tensor? key, Tensor? u, SymInt[] block_strides, {_CAST}) -> Tensor",
+    f"(Tensor x, Tensor scale, Tensor? zero, Tensor? key, Tensor? u, SymInt[] block_strides, {_CAST}, "
+    "Tensor? offset=None, Tensor? step=None) -> Tensor",
 )
 _cast_absmax_op = Operator(
     "lowbit::cast_absmax",
@@ -307,8 +311,10 @@ def _(
     table: Tensor | None,
     rounding: str,
     result: str,
+    offset: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> Tensor:
-    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result)
+    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result, offset, step)
     return _result(x, result)
 
 
@@ -369,6 +375,8 @@ def cast(
     table: Tensor | None,
     rounding: str,
     result: str = "values",
+    offset: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> Tensor:
     """`x` on the grid.
 
@@ -382,13 +390,14 @@ def cast(
         rounding: one of `lowbit.rounding.ROUNDINGS`.
         result: "values" is q, "grid" the grid values, both float32; "codes" the int8 codes of kind "int" with fl = 0
             and bounds in [-128, 127], where NaN becomes 0.
+        offset, step: like scale; offset None is 0, step None is scale.
 
     Returns:
         The shape of x, and its strides where x is dense; otherwise contiguous.
     """
-    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result)
+    _check_cast(x, scale, zero, key, u, block_strides, kind, numbers, table, rounding, result, offset, step)
     return torch.ops.lowbit.cast(
-        x, scale, zero, key, u, list(block_strides), kind, list(numbers), table, rounding, result
+        x, scale, zero, key, u, list(block_strides), kind, list(numbers), table, rounding, result, offset, step
     )
 
 
@@ -472,9 +481,11 @@ def _check_cast(
     table: Tensor | None,
     rounding: str,
     result: str,
+    offset: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> None:
     _check_blocks("cast", x, block_strides, scale.numel())
-    for name, value in (("scale", scale), ("zero", zero)):
+    for name, value in (("scale", scale), ("zero", zero), ("offset", offset), ("step", step)):
         if value is not None and not (
             value.dtype == torch.float32 and value.shape == (scale.numel(),) and value.is_contiguous()
         ):
