@@ -14,6 +14,7 @@
 #include "int8.h"
 #include "lowmm.h"
 #include "packing.h"
+#include "reflect.h"
 #include "rules.h"
 #include "uniform.h"
 
@@ -31,6 +32,7 @@ struct Kernels {
   CastKernels cast;
   Int8Kernels int8;
   RulesKernels rules;
+  ReflectKernels reflect;
 };
 
 const Kernels& portable_kernels();

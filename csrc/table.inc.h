@@ -7,6 +7,7 @@
 #include "int8.inc.h"
 #include "lowmm.inc.h"
 #include "packing.inc.h"
+#include "reflect.inc.h"
 #include "rules.inc.h"
 #include "uniform.inc.h"
 #include "cast.inc.h"  // after uniform.inc.h, which it needs
@@ -16,7 +17,7 @@ namespace {
 
 constexpr Kernels make_table(const char* name) {
   return {name, Vec::lanes, uniform_kernels, chunked_kernels, fingerprint_kernels, hadamard_kernels, lowmm_kernels,
-          packing_kernels, cast_kernels, int8_kernels, rules_kernels};
+          packing_kernels, cast_kernels, int8_kernels, rules_kernels, reflect_kernels};
 }
 
 }  // namespace

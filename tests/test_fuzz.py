@@ -159,6 +159,18 @@ def _(r: Draw) -> tuple[Any, ...]:
     return grad, x, r.floats(blocks).abs().contiguous()
 
 
+@generator("lowbit::reflect")
+def _(r: Draw) -> tuple[Any, ...]:
+    shape = [r.size(40), *(r.size(20) for _ in range(r.randint(0, 3)))]
+    if r.chance(0.01):
+        shape = [r.randint(2, 300), r.randint(200, 600)]
+    rows = shape[0]
+    group = torch.randint(0, r.randint(1, max(1, rows)), (rows,), generator=r.torch)
+    v, before, after = (torch.randn(rows, generator=r.torch, dtype=torch.float64) for _ in range(3))
+    v[: r.randint(0, rows)] *= r.choice((0.0, 1.0, 1e-9))
+    return r.floats(*shape), group, v, r.choice((None, before.exp())), r.choice((None, after))
+
+
 @generator("lowbit::int8_mm")
 def _(r: Draw) -> tuple[Any, ...]:
     m, k, n = r.size(), r.size(), r.size()

@@ -639,10 +639,15 @@ class Quantizer(nn.Module):
         return coded, q
 
     def _fused(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor] | None:
-        """`_run` by the operator that casts in one pass; None where this kind, grid or type has no use of it."""
+        """`_run` without a copy of the tensor in blocks; None where this kind, grid or type has no use of it."""
         kind = type(self)
         own = kind.codes_and_scale is not Quantizer.codes_and_scale or kind.restore is not Quantizer.restore
-        if own or x.dtype != torch.float32:
+        return None if own else self._by_scaling(x, key, u)
+
+    def _by_scaling(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor] | None:
+        """Codes, and values in the shape of `x`, by `scaling` and the operator that casts in one pass. None where it
+        lacks this grid, type or partition into blocks."""
+        if x.dtype != torch.float32:
             return None
         b = Blocked(x, self.spec.blocks, self.layout)
         if b.strides is None:

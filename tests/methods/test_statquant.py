@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.control import layers_of
-from lowbit.methods.statquant import PerFeature, bhq_groups, reflect
+from lowbit.methods.statquant import PerFeature, bhq_groups
+from lowbit.ops.reflect import reflect
 
 NAMES = ("ptq_sgd", "psq", "bhq")
 EPS = 1e-8
@@ -201,8 +202,7 @@ def test_ptq_never_clips(low: float, high: float) -> None:
 def dense(ranges: list[float]) -> tuple[Tensor, Tensor]:
     group, v, s = bhq_groups(torch.tensor(ranges, dtype=torch.float64))
     eye = torch.eye(len(ranges), dtype=torch.float64)
-    matrix = reflect(eye * s[:, None], group[:, None], v[:, None])
-    return matrix, reflect(eye, group[:, None], v[:, None]) / s[:, None]
+    return reflect(eye, group, v, before=s), reflect(eye, group, v, after=1 / s)
 
 
 def test_worked_group_of_four() -> None:
@@ -252,9 +252,9 @@ def test_groups_equal_the_released_procedure(seed: int) -> None:
 
 def test_reflection_is_the_householder_block() -> None:
     n = 7
-    v = torch.full((n, 1), 1 / math.sqrt(n), dtype=torch.float64)
+    v = torch.full((n,), 1 / math.sqrt(n), dtype=torch.float64)
     v[0] -= 1
-    h = reflect(torch.eye(n, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.int64), v)
+    h = reflect(torch.eye(n, dtype=torch.float64), torch.zeros(n, dtype=torch.int64), v)
     torch.testing.assert_close(h, torch.tensor(householder(n)), rtol=0, atol=1e-14)
     torch.testing.assert_close(h @ h, torch.eye(n).double(), rtol=0, atol=1e-14)
     assert h[0].tolist() == pytest.approx([1 / math.sqrt(n)] * n)

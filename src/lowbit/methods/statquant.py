@@ -35,14 +35,14 @@ negative and 0 if none is, and step = high / (B - z). `epsilon` is absolute, as 
 drown in its noise, so lower it or scale the loss where they are that small. The released code also rounds the biases of
 linear layers to 16 bits; here biases stay float.
 
-S is never formed: H reflects the rows of a group, and v, s and the group of each row are stored with the codes. That
-takes a few passes over X for any N; products with S and S^-1, of N^2 D steps each, cost more from a few hundred
-rows on.
+S is never formed: H reflects the rows of a group (`ops.reflect`), one pass over X for any N, where products with S and
+S^-1 take N^2 D steps each. v, s and the group of each row are stored with the codes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,14 @@ from torch import Tensor
 from ..backward import Coded
 from ..blocks import Blocked, Blocks, Layout, PerSample, PerTensor
 from ..formats import Int
+from ..ops.reflect import reflect
 from ..quantizer import QSpec, Quantizer, Scaling
 from ..recipe import Product, Products, Recipe, Roles
 from ..scales import MinMax
 from ..serial import spec
 from . import Card, method
 
-__all__ = ["PerFeature", "bhq", "bhq_groups", "psq", "ptq_sgd", "reflect"]
+__all__ = ["PerFeature", "bhq", "bhq_groups", "psq", "ptq_sgd"]
 
 TITLE = "A Statistical Framework for Low-bitwidth Training of Deep Neural Networks"
 HEADLINE = ("ImageNet, ResNet-50: BHQ gradients of 5 bits lose 0.5 % against 8-bit quantization-aware training",)
@@ -106,15 +107,38 @@ class Bhq(Psq, kind="bhq"):
     """As `Psq`, of S x instead of x. `params["epsilon"]`: eps."""
 
     def codes_and_scale(self, x: Tensor, u: Tensor | None) -> Coded:
-        group, v, s = bhq_groups(x.amax(-1) - x.amin(-1) + self.spec.params["epsilon"])
-        mix = {"group": group[:, None], "v": v[:, None].to(x.dtype), "s": s[:, None].to(x.dtype)}
-        coded = super().codes_and_scale(reflect(x * mix["s"], mix["group"], mix["v"]), u)
+        mix = self._mix(Blocked(x))
+        coded = super().codes_and_scale(_mixed(x, mix), u)
         return dataclasses.replace(coded, extra={**coded.extra, **mix})
 
     @staticmethod
     def restore(coded: Coded) -> Tensor:
-        mix = coded.extra
-        return reflect(Quantizer.restore(coded), mix["group"], mix["v"]) / mix["s"]
+        return _unmixed(Quantizer.restore(coded), coded.extra)
+
+    def _fused(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor] | None:
+        if x.dim() < 2 or self.spec.blocks != PerSample() or x.dtype != torch.float32:
+            return None
+        mix = self._mix(Blocked(x, self.spec.blocks))
+        done = self._by_scaling(_mixed(x, mix), key, u)
+        if done is None:
+            return None
+        coded, q = done
+        return dataclasses.replace(coded, extra={**coded.extra, **mix}), _unmixed(q, mix)
+
+    def _mix(self, x: Blocked) -> dict[str, Tensor]:
+        least, most = x.minmax()
+        group, v, s = bhq_groups((most - least + self.spec.params["epsilon"]).flatten())
+        return {"group": group[:, None], "v": v[:, None].to(x.dtype), "s": s[:, None].to(x.dtype)}
+
+
+def _mixed(x: Tensor, mix: Mapping[str, Tensor]) -> Tensor:
+    """S x."""
+    return reflect(x, mix["group"].flatten(), mix["v"].double().flatten(), before=mix["s"].double().flatten())
+
+
+def _unmixed(x: Tensor, mix: Mapping[str, Tensor]) -> Tensor:
+    """S^-1 x."""
+    return reflect(x, mix["group"].flatten(), mix["v"].double().flatten(), after=1 / mix["s"].double().flatten())
 
 
 def bhq_groups(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,19 +171,6 @@ def bhq_groups(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.where(alone, 1, torch.where(leader, (s1 * both)[group], (s2 * both)[group]))
     back = order.argsort()
     return group[back], v[back], s[back]
-
-
-def reflect(x: Tensor, group: Tensor, v: Tensor) -> Tensor:
-    """H x: rows `x (N, D)` reflected within their groups; `group (N, 1)` numbers them, `v (N, 1)` is the normal."""
-    number = group.flatten()
-    order, sizes = number.argsort(stable=True), torch.bincount(number)
-
-    def total(y: Tensor) -> Tensor:  # of each group; unlike index_add, in the same order on every device
-        return torch.segment_reduce(y, "sum", lengths=sizes, axis=0, unsafe=True)
-
-    normal = v[order]
-    norm, along = total(normal.square()), total(x[order].mul_(normal))
-    return torch.addcmul(x, v, (along * (2 / torch.where(norm == 0, 1, norm)))[number], value=-1)
 
 
 def _recipe(name: str, bits: int, epsilon: float, blocks: Blocks, kind: str, wgrad: Blocks, wgrad_kind: str) -> Recipe:
