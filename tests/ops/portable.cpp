@@ -125,7 +125,7 @@ std::vector<CastFormat> formats() {
 void check_cast() {
   constexpr int64_t rows = 5, columns = 201, count = rows * columns;
   const std::vector<float> x = floats(count), u = uniforms(count), scale = {0.5f, 3.0f, 1.0f, 0x1p-20f, 0.7f};
-  const std::vector<float> zero = {0.0f, 3.0f, -1.0f, 0.5f, 0.0f};
+  const std::vector<float> zero = {0.0f, 3.0f, -1.0f, 0.5f, 0.0f}, offset = {-1.0f, 0.0f, 0.3f, 2.0f, 5.0f};
   std::vector<float> out(count);
   CastTile tile = {};
   tile.rows = rows, tile.columns = columns, tile.x = x.data(), tile.x_row = columns;
@@ -138,6 +138,10 @@ void check_cast() {
       k.cast.cast(f, tile);
       values.add(out);
     }
+    tile.offset = offset.data(), tile.step = tile.zero, tile.zero = nullptr;
+    k.cast.cast(f, tile);
+    values.add(out);
+    tile.offset = tile.step = nullptr, tile.zero = zero.data();
     if (f.rounding != CastRounding::stochastic) continue;
     std::vector<float> room(CastKernels::buffer + 3);
     CastUniforms job = {};
@@ -233,6 +237,19 @@ void check_transforms() {
   hadamard.print("hadamard"), fingerprint.print("fingerprint"), rules.print("gradient rules");
 }
 
+void check_reflect() {
+  constexpr int64_t rows = 9, columns = 37, groups = 2;
+  const std::vector<float> x = floats(rows * columns);
+  std::vector<float> out(rows * columns), copy(rows * columns);
+  const std::vector<int64_t> group = {0, 1, 1, 0, 0, 1, 0, 1, 1};
+  std::vector<double> own, spread, collect, totals(groups * columns);
+  for (int r = 0; r < rows; ++r) own.push_back(0.1 * r), spread.push_back(1.0 / (1 + r)), collect.push_back(0.7 - r);
+  k.reflect.reflect({rows, columns, groups, x.data(), columns, out.data(), columns, group.data(), own.data(),
+                     spread.data(), collect.data(), totals.data(), copy.data()});
+  Checksum sum;
+  sum.add(out), sum.print("reflect");
+}
+
 void check_packing() {
   Checksum sum;
   const std::vector<uint8_t> any = words<uint8_t>(1003);
@@ -269,7 +286,7 @@ void check_binary() {
 }
 
 void check_int8() {
-  constexpr int64_t rows = 11, depth = 131, columns = 37, panels = (columns + int8_panel - 1) / int8_panel;
+  constexpr int64_t rows = 11, depth = 131, columns = 101, panels = (columns + int8_panel - 1) / int8_panel;
   const std::vector<int8_t> a = words<int8_t>(rows * depth), b = words<int8_t>(depth * columns);
   const std::vector<float> left_scale = tame_floats(rows), right_scale = tame_floats(panels * int8_panel);
   const int64_t part = 0, unit = k.int8.depth_unit, bytes = (depth + unit - 1) / unit * unit, pitch = bytes + 64;
@@ -279,7 +296,7 @@ void check_int8() {
   right.source = {b.data(), columns, 1}, right.parts = &part, right.segment_count = right.part_count = 1;
   right.part_depth = right.part_codes = depth, right.steps = bytes / 4, right.columns = columns;
   right.packed = packed.data(), right.correction = correction.data();
-  for (int64_t panel = 0; panel < panels; ++panel) k.int8.pack_right(right, panel);
+  for (int64_t bundle = 0; bundle * int8_bundle < panels; ++bundle) k.int8.pack_right(right, bundle);
   std::vector<uint8_t> left(size_t(rows * pitch + int8_slack));
   k.int8.pack_left({a.data(), depth, 1}, rows, depth, left.data(), pitch);
   Checksum sum;
@@ -301,5 +318,6 @@ void check_int8() {
 }  // namespace
 
 int main() {
-  check_uniform(), check_cast(), check_chunked(), check_transforms(), check_packing(), check_binary(), check_int8();
+  check_uniform(), check_cast(), check_chunked(), check_transforms(), check_reflect();
+  check_packing(), check_binary(), check_int8();
 }
