@@ -134,7 +134,7 @@ class ConvProduct:
 
     def grad_a(self, e: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
-            return self._backward(e, e.new_empty(1).expand(self.a_shape), w, [True, False, False])[0]
+            return self._backward(e, _like_memory(e, self.a_shape), w, [True, False, False])[0]
         # a convolution of the spread-out error with the flipped kernel: K runs over (out channels, kernel)
         kernel = self.w_shape[2:]
         pads: list[int] = []
@@ -154,7 +154,7 @@ class ConvProduct:
 
     def grad_w(self, e: Tensor, a: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:
-            return self._backward(e, a, e.new_empty(1).expand(self.w_shape), [False, True, False])[1]
+            return self._backward(e, a, _like_memory(a, self.w_shape), [False, True, False])[1]
         depth = 1 + len(self.stride)  # K runs over (sample, position)
         errors = e.transpose(0, 1).unflatten(0, (self.groups, -1))
         parts = [_mm(mm, r, 1, p, depth) for r, p in zip(errors, self._patches(a), strict=True)]
@@ -218,6 +218,15 @@ class ConvTransposeProduct:
             )
         ]
         return F.pad(a, [p for m in reversed(more) for p in (0, m)]) if any(more) else a
+
+
+def _like_memory(x: Tensor, shape: torch.Size) -> Tensor:
+    """Memory of this shape in the format of `x`, not written to: a stand-in for an operand that is not multiplied.
+    PyTorch would copy one of another format."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    plain = x.is_contiguous() or not x.is_contiguous(memory_format=last)
+    layout = torch.contiguous_format if plain else last
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _count(shape: Sequence[int]) -> int:
