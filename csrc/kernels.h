@@ -13,6 +13,7 @@
 #include "hadamard.h"
 #include "int8.h"
 #include "lowmm.h"
+#include "magnitudes.h"
 #include "packing.h"
 #include "reflect.h"
 #include "rules.h"
@@ -33,6 +34,7 @@ struct Kernels {
   Int8Kernels int8;
   RulesKernels rules;
   ReflectKernels reflect;
+  MagnitudesKernels magnitudes;
 };
 
 const Kernels& portable_kernels();

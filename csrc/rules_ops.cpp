@@ -1,6 +1,8 @@
 // The backward passes of gradient rules as PyTorch operators.
 #include "library.h"
 
+#include "halves.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
@@ -51,15 +53,8 @@ Tensor sums(std::vector<double>& totals, int64_t blocks) {
   Tensor out = torch::stable::empty({shape, 1}, ScalarType::Float);
   float* to = out.mutable_data_ptr<float>();
   const int64_t chunks = blocks == 0 ? 0 : int64_t(totals.size()) / blocks;
-  for (int64_t block = 0; block < blocks; ++block) {
-    double* t = totals.data() + block * chunks;
-    for (int64_t left = chunks; left > 1;) {
-      const int64_t half = (left + 1) / 2;
-      for (int64_t i = 0; i < half; ++i) t[i] += i + half < left ? t[i + half] : 0.0;
-      left = half;
-    }
-    to[block] = chunks == 0 ? 0.0f : float(t[0]);
-  }
+  for (int64_t block = 0; block < blocks; ++block)
+    to[block] = float(lowbit::by_halves(totals.data() + block * chunks, chunks));
   return out;
 }
 

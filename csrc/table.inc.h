@@ -10,6 +10,7 @@
 #include "reflect.inc.h"
 #include "rules.inc.h"
 #include "uniform.inc.h"
+#include "magnitudes.inc.h"  // after rules.inc.h
 #include "cast.inc.h"  // after uniform.inc.h, which it needs
 
 namespace lowbit {
@@ -17,7 +18,7 @@ namespace {
 
 constexpr Kernels make_table(const char* name) {
   return {name, Vec::lanes, uniform_kernels, chunked_kernels, fingerprint_kernels, hadamard_kernels, lowmm_kernels,
-          packing_kernels, cast_kernels, int8_kernels, rules_kernels, reflect_kernels};
+          packing_kernels, cast_kernels, int8_kernels, rules_kernels, reflect_kernels, magnitudes_kernels};
 }
 
 }  // namespace

@@ -159,6 +159,12 @@ def _(r: Draw) -> tuple[Any, ...]:
     return grad, x, r.floats(blocks).abs().contiguous()
 
 
+@generator("lowbit::magnitudes")
+def _(r: Draw) -> tuple[Any, ...]:
+    n = r.randint(1000, 5000) if r.chance(0.05) else r.size(65, least=1)
+    return (r.floats(r.size(9), n).contiguous(),)
+
+
 @generator("lowbit::reflect")
 def _(r: Draw) -> tuple[Any, ...]:
     shape = [r.size(40), *(r.size(20) for _ in range(r.randint(0, 3)))]

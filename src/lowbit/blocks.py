@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.cast import block_absmax, block_minmax
+from .ops.magnitudes import magnitudes
 from .serial import spec
 
 __all__ = [
@@ -236,6 +237,11 @@ class PerTile(Blocks):
         return x.unflatten(1, (-1, self.cols)).unflatten(0, (-1, self.rows)), [tiles, 0, 1, 0]
 
 
+def _flat(x: Tensor) -> Tensor:
+    """The elements in the order of memory, without a copy where they are dense."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
+
+
 class Blocked:
     """A tensor in blocks: `matrix` is `(blocks, n)`, one block a row; the statistics that scales are made of come
     without a copy, whatever the order of the elements in memory. `x` is detached."""
@@ -245,6 +251,7 @@ class Blocked:
         self.x, self.blocks, self.layout = x.detach(), blocks, layout or Layout()
         self._matrix: Tensor | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
+        self._absmax: Tensor | None = None
         found = (self.x, [1, 0]) if blocks is None else blocks.strides(self.x, self.layout)
         self.strides: list[int] | None = None if found is None else found[1]
         """See `Blocks.strides`; they belong to `view`."""
@@ -269,9 +276,17 @@ class Blocked:
 
     def absmax(self) -> Tensor:
         """max|x| of each block, `(blocks, 1)`; NaN where the block holds one."""
-        if self.strides is None or self.x.dtype != torch.float32:
-            return self.matrix.abs().amax(-1, keepdim=True)
-        return block_absmax(self.view, self.strides, self.count).unsqueeze(1)
+        if self._absmax is None:
+            if self.strides is None or self.x.dtype != torch.float32:
+                self._absmax = self.matrix.abs().amax(-1, keepdim=True)
+            else:
+                self._absmax = block_absmax(self.view, self.strides, self.count).unsqueeze(1)
+        return self._absmax
+
+    def magnitudes(self) -> Tensor:
+        """max|x|, mean |x| and mean x^2 of each block, float64 `(blocks, 3)`. Of float32 only."""
+        x = self.matrix if self.count != 1 else _flat(self.x)[None]
+        return magnitudes(x.contiguous()) / x.new_tensor([1, x.shape[1], x.shape[1]])
 
     def minmax(self) -> tuple[Tensor, Tensor]:
         """Least and largest element of each block, `(blocks, 1)`; NaN where the block holds one."""

@@ -173,11 +173,17 @@ class Moments(Scale):
         return ratio * peak
 
     def _ratio(self, x: Blocked) -> tuple[Tensor, Tensor]:
-        magnitude = x.matrix.abs()
-        peak = magnitude.amax(-1, keepdim=True)
-        unit = magnitude / _safe(peak)  # squares of tiny or huge values neither vanish nor overflow
-        clip = self.c1 * unit.square().mean(-1, keepdim=True).sqrt() - self.c2 * unit.mean(-1, keepdim=True)
-        return torch.where(clip <= 0, torch.ones_like(clip), clip), peak
+        # of x / max|x|: squares of tiny or huge values neither vanish nor overflow
+        if x.dtype == torch.float32:
+            peak, size, square = x.magnitudes().split(1, -1)
+            size, root = size / _safe(peak), square.sqrt() / _safe(peak)
+        else:
+            magnitude = x.matrix.abs()
+            peak = magnitude.amax(-1, keepdim=True)
+            unit = magnitude / _safe(peak)
+            size, root = unit.mean(-1, keepdim=True), unit.square().mean(-1, keepdim=True).sqrt()
+        clip = (self.c1 * root - self.c2 * size).to(x.dtype)
+        return torch.where(clip <= 0, torch.ones_like(clip), clip), peak.to(x.dtype)
 
     def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
         ratio, peak = self._ratio(blocked(x))
