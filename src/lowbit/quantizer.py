@@ -100,6 +100,15 @@ def integers_twice(
     return (codes1, scale1), (codes2, scale2)
 
 
+def _cast_absmax(x: Tensor, key: Tensor | None, found: tuple[Any, ...], result: str) -> tuple[Tensor, Tensor]:
+    """Codes or values of `x` and the scales `(blocks,)` in one call; `found` comes from `Quantizer._cast`."""
+    view, strides, count, denominator, arguments, mode = found
+    shaped = x if len(view) == x.dim() else x.reshape(view)
+    return torch.ops.lowbit.cast_absmax(  # type: ignore[no-any-return]
+        shaped, key, strides, count, denominator, *arguments, mode, result
+    )
+
+
 def _coded(s: Scaling, grid: Tensor | Callable[[], Tensor]) -> Coded:
     extra = {} if s.offset is None else {"offset": s.offset}
     return Coded(grid, s.scale if s.step is None else s.step, s.format, s.zero, extra, s.divisor)
@@ -314,17 +323,7 @@ class Quantizer(nn.Module):
         `x` is not."""
         x = x.detach()
         if found := self._cast(x, key):
-            view, strides, count, denominator, arguments, mode = found
-            codes, scale = torch.ops.lowbit.cast_absmax(
-                x if len(view) == x.dim() else x.reshape(view),
-                key,
-                strides,
-                count,
-                denominator,
-                *arguments,
-                mode,
-                "codes",
-            )
+            codes, scale = _cast_absmax(x, key, found, "codes")
             return codes.reshape(x.shape), scale
         b, mode = Blocked(self._enter(x, None), self.spec.blocks, self.layout), self.mode(key is not None)
         if b.strides is not None and b.dtype == torch.float32:
@@ -652,9 +651,15 @@ class Quantizer(nn.Module):
         b = Blocked(x, self.spec.blocks, self.layout)
         if b.strides is None:
             return None
-        mode = self.mode(key is not None or u is not None)
-        s = self.scaling(b)
-        arguments = cast_arguments(s.format, mode)
+        q: Tensor | None = None
+        arguments: tuple[str, list[float], Tensor | None] | None
+        if u is None and (found := self._cast(x, key)):
+            *_, arguments, mode = found
+            q, scale = _cast_absmax(x, key, found, "values")
+            s = Scaling(scale[:, None], self.spec.format)
+        else:
+            mode, s = self.mode(key is not None or u is not None), self.scaling(b)
+            arguments = cast_arguments(s.format, mode)
         if arguments is None:
             return None
         view, strides = b.view, b.strides
@@ -666,9 +671,8 @@ class Quantizer(nn.Module):
             scale = s.scale.flatten()
             return cast(view, scale, zero, key, uniforms, strides, *arguments, mode, result, offset, step)
 
-        q = run("values")
         coded = _coded(s, lambda: self.spec.blocks.view(run("grid").reshape(x.shape), self.layout))
-        return coded, q.reshape(x.shape)
+        return coded, (run("values") if q is None else q).reshape(x.shape)
 
     def extra_repr(self) -> str:
         fmt = self.spec.format
