@@ -573,11 +573,11 @@ Tensor result_like(const Tensor& x, CastResult result, bool is_dense, std::vecto
   else
     for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
   const int32_t dtype = result == CastResult::codes ? aoti_torch_dtype_int8() : aoti_torch_dtype_float32();
-  if (!is_dense) return torch::stable::empty({shape.data(), shape.size()}, type);
+  if (!is_dense) return lowbit::fresh(torch::stable::empty({shape.data(), shape.size()}, type));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  return lowbit::fresh(Tensor(made));
 }
 
 std::vector<int64_t> strides_of(const Tensor& t) {
