@@ -185,9 +185,14 @@ def test_kept_and_shown(sections, tmp_path):
     assert f"|  | float32 | {float32['ms']:.3f} | {float32['ratio']:.2f}x | ≥ 2.5x | 4x | no |" in text
     assert "Not measured yet: `lowbit bench --rows limits --save results/speed.json`." in text
     assert "### Training step of a GPT block stack" in text and "int8 wins against" in text
+    speed.save(path.with_name("elsewhere.json"), {"linear": sections["linear"]})
+    page.write_text("<!-- table:elsewhere -->\n<!-- /table:elsewhere -->\n")
+    tables.refresh(tmp_path)
+    text = page.read_text()
+    assert "### Linear layers" in text and "GPT" not in text
     write_json(path, {"schema": "x"})
     for call in (lambda: speed.save(path, {}), lambda: tables.refresh(tmp_path)):
-        with pytest.raises(ValueError, match="was not written by `lowbit bench --save`"):
+        with pytest.raises(ValueError, match="was not written by.*`lowbit bench --save`"):
             call()
 
 

@@ -93,8 +93,9 @@ from lowbit.lab.runs import Run, environment, plain, read_json, read_metrics, wr
 from lowbit.methods import find
 from lowbit.quantizer import Quantizer, watching
 
-__all__ = ["SCHEMA", "compare", "key_of", "record", "step_times", "stepper", "table"]
+__all__ = ["RESULT", "SCHEMA", "compare", "key_of", "record", "step_times", "stepper", "table"]
 
+RESULT = "lowbit-result-1"  # of `record`
 SCHEMA = "lowbit-compare-1"
 BINS = 64
 LEVELS = 65
@@ -640,7 +641,7 @@ def record(results: dict[str, Any]) -> dict[str, Any]:
         "environment",
     )
     return {
-        "schema": "lowbit-result-1",
+        "schema": RESULT,
         **{k: results[k] for k in common},
         "methods": [{k: m[k] for k in kept} for m in results["methods"]],
     }

@@ -8,7 +8,7 @@ A region is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`:
     speed          the rows with targets of `results/speed.json`, with headings
     speed-ROW      one row of it
     wins           sizes from which int8 wins, from its row `break_even`
-    any other      the table of `results/NAME.json`
+    any other      the table of `results/NAME.json`, or all its tables if `lowbit bench --save` wrote it
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.lab import speed
-from lowbit.lab.compare import shown, size_of
+from lowbit.lab.compare import RESULT, shown, size_of
 from lowbit.lab.runs import read_json, replace
 from lowbit.methods import list_methods
 
 __all__ = ["FILES", "refresh", "stored"]
 
 FILES = ("README.md", "docs/results.md", "docs/speed.md")
-SPEED = "results/speed.json"
+SPEED = "speed"
+"""The file in `results/` that "speed" and "speed-ROW" mean."""
 REGION = re.compile(r"(<!-- table:(?P<name>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:([\w.-]+) -->")
 
@@ -35,32 +36,29 @@ def stored(root: Path) -> dict[str, dict[str, Any]]:
     """What the comparisons in `results/*.json` below `root` hold, by name.
 
     Raises:
-        ValueError: a file that `lowbit compare --save` did not write.
+        ValueError: a file that is not from `lowbit compare --save` or `lowbit bench --save`.
     """
-    found = {}
-    for path in sorted((root / "results").glob("*.json")):
-        if path == root / SPEED:
-            continue
-        data = read_json(path)
-        if not isinstance(data, dict) or data.get("schema") != "lowbit-result-1":
-            raise ValueError(f"{path} was not written by `lowbit compare --save`")
-        found[path.stem] = data
-    return found
+    return _files(root, RESULT)
 
 
 def measured(root: Path) -> dict[str, dict[str, Any]]:
-    """The rows of `results/speed.json` below `root`; none where there is no such file.
+    """The rows of each speed table in `results/*.json` below `root`, by the file's name.
 
     Raises:
-        ValueError: a file that `lowbit bench --save` did not write.
+        ValueError: a file that is not from `lowbit compare --save` or `lowbit bench --save`.
     """
-    path = root / SPEED
-    if not path.exists():
-        return {}
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("schema") != speed.SCHEMA:
-        raise ValueError(f"{path} was not written by `lowbit bench --save`")
-    return data["rows"]
+    return {name: data["rows"] for name, data in _files(root, speed.SCHEMA).items()}
+
+
+def _files(root: Path, schema: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted((root / "results").glob("*.json")):
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("schema") not in (RESULT, speed.SCHEMA):
+            raise ValueError(f"{path} was not written by `lowbit compare --save` or `lowbit bench --save`")
+        if data["schema"] == schema:
+            found[path.stem] = data
+    return found
 
 
 def refresh(root: Path, check: bool = False) -> list[Path]:
@@ -72,7 +70,7 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
     Raises:
         ValueError: a region without its end, or of a name that is no table.
     """
-    results, rows = stored(root), measured(root)
+    results, speeds = stored(root), measured(root)
     stale = []
     for name in FILES:
         path = root / name
@@ -83,7 +81,7 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
             raise ValueError(f"{path}: a <!-- table:NAME --> has no <!-- /table:NAME --> after it")
         new, end = "", 0
         for m in REGION.finditer(old):
-            new, end = new + old[end : m.start()] + m[1] + body(m["name"], results, rows, path) + m[4], m.end()
+            new, end = new + old[end : m.start()] + m[1] + body(m["name"], results, speeds, path) + m[4], m.end()
         new += old[end:]
         if new != old:
             stale.append(path)
@@ -92,25 +90,27 @@ def refresh(root: Path, check: bool = False) -> list[Path]:
     return stale
 
 
-def body(name: str, results: dict[str, dict[str, Any]], rows: dict[str, dict[str, Any]], path: Path) -> str:
+def body(name: str, results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, Any]], path: Path) -> str:
     """The Markdown of a table, ending in a newline; "" if there is nothing to show."""
+    rows = speeds.get(SPEED, {})
     if name == "methods":
         return methods()
     if name == "paper":
         return paper(results)
     if name == "results":
         return "\n".join(f"\n### {r['title']}\n\n{result(r)}" for r in results.values())
-    if name == "speed":
-        shown_rows = [n for n in speed.ROWS if n in speed.TARGETS]
-        return "\n".join(f"\n### {speed.ROWS[n][0]}\n\n{speed_row(n, rows)}" for n in shown_rows)
+    if name == SPEED:
+        return speed_rows([n for n in speed.ROWS if n in speed.TARGETS], rows)
     if name.partition("-")[0] == "speed" and name.partition("-")[2] in speed.ROWS:
         return speed_row(name.partition("-")[2], rows)
     if name == "wins":
         return wins(rows)
+    if name in speeds:
+        return speed_rows([n for n in speed.ROWS if n in speeds[name]], speeds[name])
     if name not in results:
         raise ValueError(
-            f"{path}: no table {name!r}; there are methods, paper, results, speed, speed-ROW, wins and the comparisons "
-            f"in results/: {', '.join(results) or 'none yet'}"
+            f"{path}: no table {name!r}; there are methods, paper, results, speed, speed-ROW, wins and the files "
+            f"in results/: {', '.join([*results, *speeds]) or 'none yet'}"
         )
     return result(results[name])
 
@@ -195,10 +195,15 @@ def result(r: dict[str, Any]) -> str:
     return f"{markdown(head, rows)}\n{line} `{r['command']}`\n"
 
 
+def speed_rows(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
+    """Rows of a speed table, with headings."""
+    return "\n".join(f"\n### {speed.ROWS[n][0]}\n\n{speed_row(n, rows)}" for n in names)
+
+
 def speed_row(name: str, rows: dict[str, dict[str, Any]]) -> str:
     """The cases of a row, and where they were measured."""
     if name not in rows:
-        return f"Not measured yet: `lowbit bench --rows {name} --save {SPEED}`.\n"
+        return f"Not measured yet: `lowbit bench --rows {name} --save results/{SPEED}.json`.\n"
     section = rows[name]
     if "note" in section:
         return f"{section['note'].capitalize()}.\n"
