@@ -217,20 +217,6 @@ struct Tiling {
   }
 };
 
-// Whether the elements fill their memory without gap or overlap.
-bool dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> axes;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) != 1) axes.push_back({x.stride(d), x.size(d)});
-  std::sort(axes.begin(), axes.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 // `u` and `keyed` say whose strides count. In the order of memory if `by_memory`, otherwise row-major.
 Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const std::vector<int64_t>& block_strides,
               const Tensor* u, bool keyed, bool by_memory, const std::vector<int64_t>* other_strides = nullptr,
@@ -608,7 +594,7 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
     STD_TORCH_CHECK(same, "u must be float32 of the shape of x");
     job.u = u->const_data_ptr<float>();
   }
-  const bool is_dense = x.numel() != 0 && dense(x);
+  const bool is_dense = lowbit::filled(x, 0) != 0;
   std::vector<int64_t> strides;
   Tensor out = result_like(x, format.result, is_dense, strides);
   job.out = out.mutable_data_ptr();
@@ -821,7 +807,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
     const std::vector<int64_t> strides = strides_of(out1);
     const bool keyed = job1.keyed || job2.keyed;
     // several rows share one load of the maxima or scales of the columns
-    const Tiling tiles = tiling(x, strides, strides1, nullptr, keyed, dense(x), &strides2,
+    const Tiling tiles = tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
                                 keyed ? CastKernels::tile : CastKernels::wide_tile);
     if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
         fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))

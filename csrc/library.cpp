@@ -3,8 +3,10 @@
 // Schemas are declared in src/lowbit/ops/*.py and implemented in *_ops.cpp; here is the choice of instruction set.
 #include "library.h"
 
+#include <algorithm>
 #include <atomic>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(LOWBIT_X86)
@@ -86,6 +88,19 @@ void use_isa(std::string isa) {
 const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_relaxed);
   return table == nullptr ? *available()[0] : *table;
+}
+
+int64_t filled(const torch::stable::Tensor& x, int64_t first) {
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int64_t d = first; d < x.dim(); ++d)
+    if (x.size(d) != 1) axes.push_back({x.stride(d), x.size(d)});
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return 0;
+    expected *= size;
+  }
+  return expected;
 }
 
 torch::stable::Tensor fresh(torch::stable::Tensor result) {

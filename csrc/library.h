@@ -16,4 +16,8 @@ const Kernels& kernels();
 // written for the first time costs a fault: huge pages are asked for.
 torch::stable::Tensor fresh(torch::stable::Tensor result);
 
+// The elements of the axes from `first` on, if in some order they fill their memory without gap or overlap; otherwise,
+// or if there are none, 0.
+int64_t filled(const torch::stable::Tensor& x, int64_t first);
+
 }  // namespace lowbit

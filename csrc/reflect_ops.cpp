@@ -14,16 +14,8 @@ using torch::stable::Tensor;
 
 // Whether the elements fill their memory without gap or overlap, row after row.
 bool rows_in_memory(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> axes;
-  for (int64_t d = 1; d < x.dim(); ++d)
-    if (x.size(d) != 1) axes.push_back({x.stride(d), x.size(d)});
-  std::sort(axes.begin(), axes.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
+  const int64_t row = lowbit::filled(x, 1);
+  return row != 0 && (x.size(0) == 1 || x.stride(0) == row);
 }
 
 Tensor reflect(const Tensor& given, const Tensor& group, const Tensor& v, std::optional<Tensor> before,

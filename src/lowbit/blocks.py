@@ -286,7 +286,7 @@ class Blocked:
     def magnitudes(self) -> Tensor:
         """max|x|, mean |x| and mean x^2 of each block, float64 `(blocks, 3)`. Of float32 only."""
         x = self.matrix if self.count != 1 else _flat(self.x)[None]
-        return magnitudes(x.contiguous()) / x.new_tensor([1, x.shape[1], x.shape[1]])
+        return magnitudes(x.contiguous()) / x.new_tensor([1, x.shape[1], x.shape[1]], dtype=torch.float64)
 
     def minmax(self) -> tuple[Tensor, Tensor]:
         """Least and largest element of each block, `(blocks, 1)`; NaN where the block holds one."""
