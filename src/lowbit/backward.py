@@ -27,7 +27,7 @@ from .formats import Format, Int
 from .ops.rules import LARGEST, clip_backward, in_range_backward, step_backward
 from .serial import spec
 
-__all__ = ["Backward", "Coded", "InRange", "LearnedClip", "LearnedStep", "PassThrough", "straight_through"]
+__all__ = ["Backward", "Coded", "InRange", "LearnedClip", "LearnedStep", "PassThrough", "in_range", "straight_through"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _InRange(torch.autograd.Function):
             low, high = (b.to(x.dtype).reshape(-1).expand(len(m)).contiguous() for b in (low, high))
             grad_x = back(in_range_backward(g, m, low, high, ctx.closed))
         else:
-            grad_x = grad * ((x >= low) & (x <= high) if ctx.closed else (x > low) & (x < high))
+            grad_x = ((x >= low) & (x <= high) if ctx.closed else (x > low) & (x < high)) * grad
         return grad_x, None, None, None, None
 
 
@@ -188,6 +188,12 @@ def straight_through(x: Tensor, q: Tensor) -> Tensor:
     return _StraightThrough.apply(x, q)
 
 
+def in_range(x: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float, closed: bool = True) -> Tensor:
+    """`q`, differentiated as if it were `x` where x lies in [low, high], or ]low, high[, and as a constant elsewhere.
+    Shape and dtype of both; the gradient's strides are those of x where x is dense."""
+    return _InRange.apply(x, q, low, high, closed)
+
+
 class Backward:
     """Base of the gradient rules."""
 
@@ -227,7 +233,7 @@ class InRange(Backward):
         fmt, shift = coded.format, 0 if coded.zero is None else coded.zero
         low = (fmt.min - self.margin - shift) * coded.scale if self.low is None else float(self.low)
         high = (fmt.max + self.margin - shift) * coded.scale if self.high is None else float(self.high)
-        return _InRange.apply(x, q, low, high, self.closed)
+        return in_range(x, q, low, high, self.closed)
 
 
 @spec

@@ -6,11 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backward import in_range
 from .formats import ap2
 
-__all__ = ["SWAPS", "ShiftBatchNorm"]
+__all__ = ["SWAPS", "HardTanh", "ShiftBatchNorm"]
+
+
+class HardTanh(nn.Hardtanh):
+    """`nn.Hardtanh` from -1 to 1 whose gradient lies in memory as x does. PyTorch's lies as the gradient that comes in,
+    and in a channels-last network batch norm is slow with one that is contiguous, as an average pool leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_range(x, F.hardtanh(x.detach()), -1.0, 1.0, closed=False)
 
 
 class _ShiftNorm(torch.autograd.Function):
@@ -106,7 +119,7 @@ class ShiftBatchNorm(nn.Module):
 SWAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Identity": lambda old: nn.Identity(),
     "ReLU": lambda old: nn.ReLU(),
-    "Hardtanh": lambda old: nn.Hardtanh(),
+    "Hardtanh": lambda old: HardTanh(),
     "BatchNorm1d": lambda old: nn.BatchNorm1d(old.num_features),  # type: ignore[arg-type]
     "BatchNorm2d": lambda old: nn.BatchNorm2d(old.num_features),  # type: ignore[arg-type]
     "GELU": lambda old: nn.GELU(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.formats import ap2
-from lowbit.swaps import ShiftBatchNorm
+from lowbit.swaps import HardTanh, ShiftBatchNorm
 
 
 def network(hidden: int = 64) -> nn.Sequential:
@@ -110,6 +110,20 @@ def test_batch_norm_and_sign_fold_into_one_threshold_for_each_channel() -> None:
     assert torch.equal(sign(norm(s)) == 1, folded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_hard_tanh_is_that_of_pytorch_with_a_gradient_that_lies_as_x(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 6, 5, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    x[0, 0, 0, :3] = torch.tensor([1.0, -1.0, 0.0])  # the bounds have no gradient
+    grad = torch.randn(2, 6, 5, 4, dtype=dtype)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = HardTanh()(mine), nn.Hardtanh()(theirs)
+    (own,), (reference,) = (torch.autograd.grad(*pair, grad) for pair in ((y, mine), (expected, theirs)))
+    assert torch.equal(y, expected) and torch.equal(own, reference)
+    assert own[0, 0, 0, :2].tolist() == [0, 0]
+    assert own.is_contiguous(memory_format=torch.channels_last)
+    assert HardTanh()(x[:0]).shape == (0, 6, 5, 4)
+
+
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +135,7 @@ def test_apply_spreads_the_weights_and_puts_hard_tanh_for_relu() -> None:
         new = model[i].weight
         assert new.abs().max() == 1 and torch.equal(new.sign(), old.sign())
         assert abs(new.square().mean().item() - 1 / 3) < 0.02  # that of U(-1, 1)
-    assert type(model[2]) is nn.Hardtanh and type(model[1]) is nn.BatchNorm1d
+    assert type(model[2]) is HardTanh and type(model[1]) is nn.BatchNorm1d
     kept = lowbit.apply(network(), lowbit.create("bnn", shift_norm=True))
     assert all(type(kept[i]) is ShiftBatchNorm for i in (1, 4, 7))
     assert lowbit.create("bnn").criterion == "squared_hinge"
