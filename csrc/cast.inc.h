@@ -340,6 +340,11 @@ struct RoundTable {
   }
 };
 
+// As `fetch`, where loops are made of vectors: among single numbers it would cost more than it brings.
+inline void fetch_vector(const void* x) {
+  if (Lanes::count > 1) fetch(x);
+}
+
 // ---- uniforms of a tile ---------------------------------------------------------------------------------------------
 
 // The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 63 behind.
@@ -474,6 +479,7 @@ inline void cast_lanes(const Round& round, CastResult result, const CastTile& ti
                        const BlockLanes& row, Lanes::Mask part) {
   using L = Lanes;
   const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
+  fetch_vector(tile.x + r * tile.x_row + c + elements_ahead);
   const LaneF x = load(tile.x + r * tile.x_row + c);
   const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
   const BlockLanes block = scale_column ? BlockLanes(tile, r * tile.scale_row + c, load) : row;
@@ -570,7 +576,7 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
   int8_t* out = static_cast<int8_t*>(tile.out);
   const auto encode = [&](int64_t r, int64_t c, LaneF scale, LaneF inverse, auto... part) {
-    __builtin_prefetch(x + r * tile.x_row + c + tile.ahead, 0, 2);  // to the second cache: arithmetic hides the way
+    fetch_vector(x + r * tile.x_row + c + tile.ahead);
     const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
     int8_t* to = out + r * tile.out_row + c;
     if constexpr (stochastic)
@@ -659,7 +665,11 @@ void absmax_tile(const BlockTile& given, const X* first) {
       LaneF most[4];
       for (int i = 0; i < 4; ++i) most[i] = L::load(tile.high + c + i * L::count);
       for (int64_t r = 0; r < tile.rows; ++r)
-        for (int i = 0; i < 4; ++i) most[i] = merge(L::load(first + r * tile.x_row + c + i * L::count), most[i]);
+        for (int i = 0; i < 4; ++i) {
+          const X* x = first + r * tile.x_row + c + i * L::count;
+          fetch_vector(x + rows_ahead * tile.x_row);
+          most[i] = merge(L::load(x), most[i]);
+        }
       for (int i = 0; i < 4; ++i) L::store(tile.high + c + i * L::count, most[i]);
     }
     for (; c < whole; c += L::count) {
@@ -678,11 +688,17 @@ void absmax_tile(const BlockTile& given, const X* first) {
     const X* x = first + r * tile.x_row;
     float* high = tile.high + r * tile.block_row;
     if (tile.block_column) {
-      for (int64_t c = 0; c < whole; c += L::count) L::store(high + c, merge(L::load(x + c), L::load(high + c)));
+      for (int64_t c = 0; c < whole; c += L::count) {
+        fetch_vector(x + c + elements_ahead);
+        L::store(high + c, merge(L::load(x + c), L::load(high + c)));
+      }
       if (rest) L::store(high + whole, merge(L::load(x + whole, part), L::load(high + whole, part)), part);
     } else {
       LaneI most = L::bits(L::set(*high));
-      for (int64_t c = 0; c < whole; c += L::count) most = L::larger(most, magnitude(L::load(x + c)));
+      for (int64_t c = 0; c < whole; c += L::count) {
+        fetch_vector(x + c + elements_ahead);
+        most = L::larger(most, magnitude(L::load(x + c)));
+      }
       if (rest) most = L::larger(most, magnitude(L::load(x + whole, part)));
       const int32_t bits = L::largest(most);
       memcpy(high, &bits, sizeof bits);
@@ -715,7 +731,11 @@ inline void minmax_columns(const BlockTile& tile, int64_t c, Part... part) {
     ends.most[i] = L::load(tile.high + c + i * L::count, part...);
   }
   for (int64_t r = 0; r < tile.rows; ++r)
-    for (int64_t i = 0; i < count; ++i) ends.add(i, L::load(tile.x + r * tile.x_row + c + i * L::count, part...));
+    for (int64_t i = 0; i < count; ++i) {
+      const float* x = tile.x + r * tile.x_row + c + i * L::count;
+      fetch_vector(x + rows_ahead * tile.x_row);
+      ends.add(i, L::load(x, part...));
+    }
   for (int64_t i = 0; i < count; ++i) {
     L::store(tile.low + c + i * L::count, ends.least[i], part...);
     L::store(tile.high + c + i * L::count, ends.most[i], part...);
@@ -730,7 +750,10 @@ inline void minmax_row(const float* x, int64_t columns, float* low, float* high)
   Ends<count> ends = {{old_low, old_low, old_low, old_low}, {old_high, old_high, old_high, old_high}};
   int64_t c = 0;
   for (; c + count * L::count <= columns; c += count * L::count)
-    for (int64_t i = 0; i < count; ++i) ends.add(i, L::load(x + c + i * L::count));
+    for (int64_t i = 0; i < count; ++i) {
+      fetch_vector(x + c + i * L::count + elements_ahead);
+      ends.add(i, L::load(x + c + i * L::count));
+    }
   for (; c + L::count <= columns; c += L::count) ends.add(0, L::load(x + c));
   if (c < columns) {
     const auto part = L::first(columns - c);

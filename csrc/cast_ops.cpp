@@ -3,7 +3,7 @@
 //
 // A tensor of any strides becomes a sequence of tiles: matrices of about CastKernels::tile elements whose columns lie
 // side by side in memory. What does not is copied into a buffer first.
-#include "library.h"
+#include "casting.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -11,7 +11,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -20,11 +19,19 @@
 
 namespace {
 
+using lowbit::Axis;
+using lowbit::bits_as_float;
+using lowbit::cast_format;
 using lowbit::CastFormat;
 using lowbit::CastKernels;
-using lowbit::CastKind;
 using lowbit::CastResult;
 using lowbit::CastRounding;
+using lowbit::merge_high;
+using lowbit::merge_low;
+using lowbit::Part;
+using lowbit::PhiloxWords;
+using lowbit::tidy;
+using lowbit::Tiling;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -32,238 +39,7 @@ constexpr int64_t worth_a_thread = 1 << 15;  // elements, 5 to 20 microseconds: 
 constexpr int64_t most_ahead = 1 << 17;      // elements of a next unit that still fit a core's own cache, half a megabyte
 constexpr int max_dim = 8;
 
-// ---- formats --------------------------------------------------------------------------------------------------------
-
-float bits_as_float(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-int32_t bits_of(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-template <class Value, size_t count>
-Value lookup(const std::pair<const char*, Value> (&names)[count], const std::string& name, const char* what) {
-  for (const auto& [known, value] : names)
-    if (name == known) return value;
-  STD_TORCH_CHECK(false, "unknown ", what, " '", name, "'");
-}
-
-constexpr std::pair<const char*, CastKind> kinds[] = {{"int", CastKind::integer},
-                                                      {"even", CastKind::even},
-                                                      {"float", CastKind::floating},
-                                                      {"log2", CastKind::log2},
-                                                      {"table", CastKind::table}};
-constexpr std::pair<const char*, CastRounding> roundings[] = {
-    {"half_even", CastRounding::half_even}, {"half_away", CastRounding::half_away},
-    {"half_up", CastRounding::half_up},     {"half_down", CastRounding::half_down},
-    {"floor", CastRounding::floor},         {"truncate", CastRounding::truncate},
-    {"stochastic", CastRounding::stochastic}};
-constexpr std::pair<const char*, CastResult> results[] = {
-    {"values", CastResult::values}, {"grid", CastResult::grid}, {"codes", CastResult::codes}};
-
-// The least x that goes to the upper of two neighbours.
-float switch_point(CastRounding rounding, float low, float high, bool low_even, double middle) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  if (rounding == CastRounding::floor) return high;
-  if (rounding == CastRounding::truncate) {  // toward zero, but across it the sign decides
-    if (low >= 0) return high;
-    return high <= 0 ? std::nextafterf(low, infinity) : 0.0f;
-  }
-  float x = float(middle);
-  if (x < middle) x = std::nextafterf(x, infinity);
-  const bool tie_up = rounding == CastRounding::half_up || (rounding == CastRounding::half_even && !low_even) ||
-                      (rounding == CastRounding::half_away && middle >= 0);
-  return x == middle && !tie_up ? std::nextafterf(x, infinity) : x;
-}
-
-void set_table(CastFormat& f, const Tensor& table) {
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Double && table.dim() == 2 && table.size(0) == 3 &&
-                      table.size(1) >= 2 && table.size(1) <= CastFormat::levels,
-                  "a table is float64 (3, 2 to 256)");
-  const double* data = table.const_data_ptr<double>();
-  const int64_t count = table.size(1), row = table.stride(0), column = table.stride(1);
-  const auto at = [&](int64_t r, int64_t i) { return data[r * row + i * column]; };
-  const bool stochastic = f.rounding == CastRounding::stochastic;
-  std::fill(f.switches, f.switches + CastFormat::levels, std::numeric_limits<float>::infinity());
-  std::fill(f.values, f.values + CastFormat::levels + 1, 0.0f);
-  for (int64_t i = 0; i < count; ++i) f.values[i] = float(at(0, i));
-  f.low = f.values[0], f.high = f.values[count - 1];
-  // an interval is looked up by its lower end, and the last level belongs to the last interval
-  const int64_t switches = stochastic ? count - 2 : count - 1;
-  for (int64_t i = 0; i < switches; ++i) {
-    const float low = f.values[i], high = f.values[i + 1];
-    f.switches[i] = stochastic ? high : switch_point(f.rounding, low, high, at(1, i) != 0, at(2, i));
-    if (!stochastic && f.least > 0 && low < 0 && high > 0) f.switches[i] = 0.0f;  // the sign decides, 0 is positive
-  }
-  for (int64_t i = 0; i < 16; ++i) f.splits[i] = f.switches[16 * i + 15];
-  f.search = switches < 16 ? 16 : switches < 32 ? 32 : 256;
-}
-
-CastFormat cast_format(const std::string& kind, const std::vector<double>& numbers, const std::optional<Tensor>& table,
-                       const std::string& rounding, const std::string& result) {
-  CastFormat f;
-  f.kind = lookup(kinds, kind, "kind");
-  f.rounding = lookup(roundings, rounding, "rounding");
-  f.result = lookup(results, result, "result");
-  f.least = 0.0f;
-  const auto given = [&](size_t count, bool valid) {
-    STD_TORCH_CHECK(numbers.size() == count && valid, "the numbers of kind '", kind, "' describe no format");
-  };
-  STD_TORCH_CHECK(table.has_value() == (f.kind == CastKind::table), "kind 'table' needs a table, others have none");
-  const double* n = numbers.data();
-  bool codes = false;
-  switch (f.kind) {
-    case CastKind::integer:
-      given(3, numbers.size() == 3 && n[0] >= -0x1p31 && n[0] <= n[1] && n[1] <= 0x1p32 && n[2] >= -96 && n[2] <= 126);
-      f.low = float(n[0]), f.high = float(n[1]);
-      f.up = float(std::ldexp(1.0, int(n[2]))), f.down = float(std::ldexp(1.0, -int(n[2])));
-      codes = n[2] == 0 && n[0] >= -128 && n[1] <= 127;
-      break;
-    case CastKind::even:
-      given(1, numbers.size() == 1 && n[0] >= 1 && n[0] <= 16);
-      f.high = float((int64_t(1) << int(n[0])) - 1), f.low = -f.high;
-      break;
-    case CastKind::floating:
-      given(4, numbers.size() == 4 && n[1] >= 1 && n[1] <= 22 && n[0] - n[1] > -126 && n[0] <= 127 &&
-                   n[2] < std::ldexp(1.0, 104 + int(n[1])) && n[2] >= std::ldexp(1.0, int(n[0])));
-      STD_TORCH_CHECK(f.rounding == CastRounding::half_even || f.rounding == CastRounding::stochastic,
-                      "kind 'float' rounds 'half_even' or 'stochastic'");
-      f.high = float(n[2]), f.low = -f.high;
-      f.lowest_power = bits_of(float(std::ldexp(1.0, int(n[0]))));
-      f.mantissa = int32_t(n[1]);
-      f.minus_zero = n[3] != 0;
-      break;
-    case CastKind::log2:
-      given(2, numbers.size() == 2 && n[0] > -126 && n[0] <= n[1] && n[1] < 127);
-      STD_TORCH_CHECK(f.rounding == CastRounding::stochastic, "kind 'log2' rounds 'stochastic'");
-      f.low = float(std::ldexp(1.0, int(n[0]))), f.high = float(std::ldexp(1.0, int(n[1])));
-      break;
-    case CastKind::table:
-      given(1, numbers.size() == 1 && n[0] >= 0);
-      f.least = float(n[0]);
-      set_table(f, *table);
-      break;
-  }
-  STD_TORCH_CHECK(f.result != CastResult::codes || codes, "codes are of kind 'int' with fl = 0 in -128 to 127");
-  return f;
-}
-
-// ---- tensors as tiles -----------------------------------------------------------------------------------------------
-
-// One axis: its size, and in each of the tensors the distance of neighbours. `index` counts elements row-major.
-struct Axis {
-  int64_t size = 1, x = 0, out = 0, block = 0, u = 0, index = 0;
-  int64_t other = 0;  // of a second partition into blocks
-};
-
-struct Part {
-  int64_t rows, columns;
-  Axis at;  // offsets of its first element
-};
-
-struct Tiling {
-  std::vector<Axis> outer;
-  Axis rows, columns;
-  int64_t tile_rows = 1, tile_columns = 1, row_tiles = 1, column_tiles = 1;
-  int64_t tiles = 1;
-
-  // tiles that share an index of the first axis (or, if that is cut into tiles, a range of them)
-  int64_t unit() const { return tiles / (outer.empty() ? row_tiles : outer[0].size); }
-  const Axis& first() const { return outer.empty() ? rows : outer[0]; }
-
-  // blocks of different units differ
-  bool disjoint() const {
-    int64_t others = 0;
-    for (const Axis& a : outer)
-      if (&a != &first()) others += (a.size - 1) * a.block;
-    if (!outer.empty()) others += (rows.size - 1) * rows.block;
-    others += (columns.size - 1) * columns.block;
-    return first().block > others;
-  }
-  // a unit holds whole blocks, one for each index of the first axis
-  bool whole_blocks() const {
-    for (const Axis& a : outer)
-      if (&a != &first() && a.block != 0) return false;
-    return first().block != 0 && columns.block == 0 && (outer.empty() || rows.block == 0);
-  }
-
-  // into tiles of at most these columns, and as many rows as give so many elements, counting `spare` more for each row
-  void cut(int64_t most_columns, int64_t elements, int64_t spare = 4) {
-    tile_columns = std::min(most_columns, columns.size);
-    tile_rows = std::min(rows.size, std::max<int64_t>(1, elements / (tile_columns + spare)));
-    row_tiles = (rows.size + tile_rows - 1) / tile_rows;
-    column_tiles = (columns.size + tile_columns - 1) / tile_columns;
-    tiles = row_tiles * column_tiles;
-    for (const Axis& a : outer) tiles *= a.size;
-  }
-
-  Part part(int64_t tile) const {
-    Part p;
-    const auto move = [&p](const Axis& a, int64_t by) {
-      p.at.x += by * a.x, p.at.out += by * a.out, p.at.block += by * a.block, p.at.u += by * a.u;
-      p.at.index += by * a.index;
-    };
-    const int64_t column = tile % column_tiles * tile_columns, row = tile / column_tiles % row_tiles * tile_rows;
-    int64_t rest = tile / column_tiles / row_tiles;
-    for (size_t d = outer.size(); d-- > 0; rest /= outer[d].size) move(outer[d], rest % outer[d].size);
-    move(rows, row), move(columns, column);
-    p.rows = std::min(tile_rows, rows.size - row), p.columns = std::min(tile_columns, columns.size - column);
-    return p;
-  }
-};
-
-// `u` and `keyed` say whose strides count. In the order of memory if `by_memory`, otherwise row-major.
-Tiling tiling(const Tensor& x, const std::vector<int64_t>& out_strides, const std::vector<int64_t>& block_strides,
-              const Tensor* u, bool keyed, bool by_memory, const std::vector<int64_t>* other_strides = nullptr,
-              int64_t most = CastKernels::tile) {
-  std::vector<Axis> axes;
-  int64_t index = 1;
-  for (int64_t d = x.dim(); d-- > 0; index *= x.size(d))
-    if (x.size(d) != 1)
-      axes.insert(axes.begin(), {x.size(d), x.stride(d), out_strides[size_t(d)], block_strides[size_t(d)],
-                                 u == nullptr ? 0 : u->stride(d), keyed ? index : 0,
-                                 other_strides == nullptr ? 0 : (*other_strides)[size_t(d)]});
-  if (by_memory)
-    std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.x > b.x; });
-  std::vector<Axis> merged;
-  for (const Axis& b : axes) {
-    const bool joins = !merged.empty() && [&a = merged.back(), &b] {
-      return a.x == b.x * b.size && a.out == b.out * b.size && a.block == b.block * b.size && a.u == b.u * b.size &&
-             a.index == b.index * b.size && a.other == b.other * b.size;
-    }();
-    if (joins) {
-      const int64_t size = merged.back().size;
-      merged.back() = b;
-      merged.back().size *= size;
-    } else {
-      merged.push_back(b);
-    }
-  }
-  Tiling t;
-  if (!merged.empty()) t.columns = merged.back(), merged.pop_back();
-  if (keyed && t.columns.size == 1) t.columns.index = 1;
-  if (!merged.empty()) {
-    auto row = merged.end() - 1;
-    if (keyed && t.columns.index != 1)  // four rows in a row share a counter
-      row = std::find_if(merged.begin(), merged.end(), [](const Axis& a) { return a.index == 1; });
-    if (row == merged.end()) row = merged.end() - 1;
-    t.rows = *row;
-    merged.erase(row);
-  }
-  t.outer = std::move(merged);
-  if (keyed && t.columns.index != 1) {
-    const int64_t vectors = (std::min<int64_t>(64, t.columns.size) + 15) / 16;
-    t.cut(64, std::min<int64_t>(64, t.columns.size) * (most / (16 * vectors)), 0);
-  } else {
-    t.cut(most, most);
-  }
-  return t;
-}
+// ---- tiles as arguments of kernels ----------------------------------------------------------------------------------
 
 float widened(float x) { return x; }
 float widened(uint16_t x) { return bits_as_float(int32_t(uint32_t(x) << 16)); }
@@ -403,14 +179,6 @@ void reset(const Statistic& job, float* low, float* high, int64_t count) {
   std::fill(high, high + count, job.both ? -infinity : 0.0f);
 }
 
-void merge(float& into, float x, bool better) {
-  if (std::isnan(x) || (better && !std::isnan(into))) into = x;
-}
-void merge_high(float& into, float x) { merge(into, x, x > into); }
-
-// NaN without sign and payload, +0
-float tidy(float x) { return std::isnan(x) ? bits_as_float(0x7fc00000) : x + 0.0f; }
-
 void reduce(const CastKernels& kernels, const Statistic& job, float* low, float* high) {
   const Tiling& tiles = job.tiles;
   const int64_t elements = tiles.tile_rows * tiles.tile_columns;
@@ -447,8 +215,7 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
       for (int64_t b = 0; b < job.blocks; ++b) {
         merge_high(high[b], highs[size_t(piece * job.blocks + b)]);
         if (!job.both) continue;
-        const float bottom = lows[size_t(piece * job.blocks + b)];
-        merge(low[b], bottom, bottom < low[b]);
+        merge_low(low[b], lows[size_t(piece * job.blocks + b)]);
       }
   } else {
     run(0, tiles.tiles, low, high);
@@ -463,7 +230,7 @@ void reduce(const CastKernels& kernels, const Tensor& x, const std::vector<int64
             bool both, float* low, float* high) {
   const std::vector<int64_t> none(size_t(x.dim()), 0);
   const Numbering numbering(x, block_strides, blocks);
-  Tiling tiles = tiling(x, none, numbering.strides, nullptr, false, true);
+  Tiling tiles = lowbit::tiling(x, none, numbering.strides, nullptr, false, true);
   if (tiles.columns.block == 1 && tiles.rows.block == 0) tiles.cut(CastKernels::columns, CastKernels::wide_tile);
   reduce(kernels, {tiles, Numbers(x), blocks, both}, low, high);
   if (both) numbering.as_given(low);
@@ -500,8 +267,7 @@ struct Cast {
   const float *zero = nullptr, *offset = nullptr, *step = nullptr;
   const float* inverse = nullptr;  // see CastTile
   void* out = nullptr;
-  bool keyed = false;
-  uint32_t key[2] = {0, 0}, high[2] = {0, 0};
+  PhiloxWords key = {};
   int64_t ahead = 0;  // see CastTile
 };
 
@@ -530,13 +296,9 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   t.u = nullptr;
   t.draw = nullptr;
   lowbit::CastUniforms want;
-  if (job.keyed) {
+  if (job.key.given) {
     buffers.u.resize(size_t(CastKernels::buffer) + 4);
-    std::copy(job.key, job.key + 2, want.key), std::copy(job.high, job.high + 2, want.high);
-    want.first = uint64_t(part.at.index);
-    want.row_index = rows.index, want.column_index = columns.index;
-    want.rows = part.rows, want.columns = part.columns;
-    want.out = buffers.u.data() + 4;
+    want = lowbit::uniforms_of(job.key, job.tiles, part, buffers.u.data() + 4);
     kernels.uniforms(want, t);
   } else if (job.u != nullptr) {
     t.u_row = rows.u;
@@ -578,16 +340,7 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
   STD_TORCH_CHECK(key.has_value() + u.has_value() == (format.rounding == CastRounding::stochastic),
                   "stochastic rounding needs exactly one of key and u, other roundings neither");
   Cast job = {{}, format, Numbers(x)};
-  job.keyed = key.has_value();
-  if (key.has_value()) {
-    STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->dim() == 1 && key->size(0) == 3,
-                    "a key is three int64: seed, stream, step");
-    const int64_t* words = key->const_data_ptr<int64_t>();
-    const uint64_t seed = uint64_t(words[0]);
-    job.key[0] = uint32_t(seed), job.key[1] = uint32_t(seed >> 32);
-    const int64_t stream = words[key->stride(0)], step = words[2 * key->stride(0)];
-    job.high[0] = uint32_t(uint64_t(step)), job.high[1] = uint32_t(uint64_t(stream));
-  }
+  if (key.has_value()) job.key = PhiloxWords(*key);
   if (u.has_value()) {
     bool same = u->scalar_type() == ScalarType::Float && u->dim() == x.dim();
     for (int64_t d = 0; same && d < x.dim(); ++d) same = u->size(d) == x.size(d);
@@ -599,7 +352,7 @@ std::pair<Cast, Tensor> prepared(const Tensor& x, const std::optional<Tensor>& k
   Tensor out = result_like(x, format.result, is_dense, strides);
   job.out = out.mutable_data_ptr();
   if (x.numel() != 0)
-    job.tiles = tiling(x, strides, block_strides, u.has_value() ? &*u : nullptr, job.keyed, is_dense);
+    job.tiles = lowbit::tiling(x, strides, block_strides, u.has_value() ? &*u : nullptr, job.key.given, is_dense);
   return {job, out};
 }
 
@@ -805,9 +558,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
   };
   if (x.numel() != 0) {
     const std::vector<int64_t> strides = strides_of(out1);
-    const bool keyed = job1.keyed || job2.keyed;
+    const bool keyed = job1.key.given || job2.key.given;
     // several rows share one load of the maxima or scales of the columns
-    const Tiling tiles = tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
+    const Tiling tiles = lowbit::tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
                                 keyed ? CastKernels::tile : CastKernels::wide_tile);
     if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
         fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))

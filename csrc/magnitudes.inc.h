@@ -8,6 +8,7 @@ namespace {
 
 BlockMagnitudes magnitudes(const float* x, int64_t count) {
   double size[rule_chunk], square[rule_chunk];
+  fetch_after(x, count);
   int32_t most = 0;  // |x| as an integer: NaN is larger than infinity
   for (int64_t i = 0; i < count; ++i) {
     int32_t bits;

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table; needs `Vec` and, where its words are vectors, LOWBIT_VECTOR_WORDS.
 #pragma once
 
+#include "fetch.inc.h"  // first
 #include "chunked_mm.inc.h"
 #include "fingerprint.inc.h"
 #include "hadamard.inc.h"
