@@ -10,15 +10,15 @@ struct ReflectTile {
   int64_t rows, columns, groups;
   const float* x;
   int64_t x_row;
-  float* out;
+  float* out;  // may be x
   int64_t out_row;
-  const int64_t* group;                    // of each row, as the next three
-  const double *own, *spread, *collect;
-  double* totals;  // groups * columns, scratch
-  float* copy;     // rows * columns, scratch: rows that are a power of two apart don't stay in a cache
+  const int64_t *order, *starts;           // the rows of group g, ascending, are order[starts[g]] to order[starts[g + 1]]
+  const float *own, *spread, *collect;     // of each row
+  float* copy;                             // rows * strip, scratch
 };
 
 struct ReflectKernels {
+  static constexpr int64_t strip = 128;  // columns at a time
   void (*reflect)(const ReflectTile&);
 };
 

@@ -172,9 +172,32 @@ def _(r: Draw) -> tuple[Any, ...]:
         shape = [r.randint(2, 300), r.randint(200, 600)]
     rows = shape[0]
     group = torch.randint(0, r.randint(1, max(1, rows)), (rows,), generator=r.torch)
-    v, before, after = (torch.randn(rows, generator=r.torch, dtype=torch.float64) for _ in range(3))
+    v, before, after = (torch.randn(rows, generator=r.torch) for _ in range(3))
     v[: r.randint(0, rows)] *= r.choice((0.0, 1.0, 1e-9))
     return r.floats(*shape), group, v, r.choice((None, before.exp())), r.choice((None, after))
+
+
+@generator("lowbit::reflect_minmax")
+def _(r: Draw) -> tuple[Any, ...]:
+    x, group, v, before, _ = GENERATORS["lowbit::reflect"](r)
+    return x, group, v, torch.ones_like(v) if before is None else before
+
+
+@generator("lowbit::reflect_cast")
+def _(r: Draw) -> tuple[Any, ...]:
+    x, group, v, factor = GENERATORS["lowbit::reflect_minmax"](r)
+    scale, offset = (torch.randn(len(x), generator=r.torch) for _ in range(2))
+    rounding = r.choice(("stochastic", "stochastic", "half_even"))
+    fmt = r.choice((formats.Int(5, signed=False), formats.Int(8), formats.Float(4, 3)))
+    how = cast_arguments(fmt, rounding)
+    return x, group, v, factor, scale.exp(), offset, r.key() if rounding == "stochastic" else None, *how, rounding
+
+
+@generator("lowbit::affine")
+def _(r: Draw) -> tuple[Any, ...]:
+    shape = [r.size(300), *(r.size(3) for _ in range(r.randint(0, 1)))]
+    low, high = r.floats(*shape), r.floats(*shape)
+    return torch.minimum(low, high), torch.maximum(low, high), r.choice((1.0, 3.0, 15.0, 255.0, 7.5)), r.chance(0.5)
 
 
 @generator("lowbit::int8_mm")

@@ -27,7 +27,7 @@ class TanhMax(Quantizer, kind="tanh_max"):
         t = blocks.view(x.tanh(), self.layout)
         peak = t.abs().amax(-1, keepdim=True)
         # only a block of zeros has no maximum; it stays as it is
-        return blocks.unview(t / torch.where(peak == 0, torch.ones_like(peak), peak), x.shape, self.layout)
+        return blocks.unview(t / peak.masked_fill(peak == 0, 1), x.shape, self.layout)
 
     def scale_for(self, x: Blocked) -> tuple[Tensor, Tensor | None]:
         fmt = self.spec.format

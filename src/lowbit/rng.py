@@ -90,8 +90,7 @@ class Stream(torch.nn.Module):
                 seed + rank * 0x9E3779B97F4A7C15 modulo 2**64. Rank 0 keeps the seed.
 
         Returns:
-            A new int64 tensor of shape (3,) on the buffer's device: seed, stream, step. In the second run of
-            an
+            A new int64 tensor of shape (3,) on the buffer's device: seed, stream, step. In the second run of an
             activation checkpoint: the key of the first run, and the step does not advance.
         """
         if torch.compiler.is_compiling():
@@ -100,7 +99,7 @@ class Stream(torch.nn.Module):
             known = recall(self._calls)
             return self._advance(rank) if known is None else known.clone()
         key = self._advance(rank)
-        remember(self._calls, key.clone())
+        remember(self._calls, key)
         return key
 
     def move(self) -> Tensor:
@@ -115,7 +114,7 @@ class Stream(torch.nn.Module):
             self.key.copy_(following)
         else:
             key = self.key.clone()
-            self.key[2] += 1
+            self.key[2].add_(1)
         if rank:
             key[0] += _int64(rank * RANK_STRIDE)
         return key
@@ -144,7 +143,7 @@ def remember(calls: OrderedDict[int, Tensor], value: Tensor) -> None:
     """Keep what a call used, where an activation checkpoint may run it again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None or not torch.is_grad_enabled():
-        calls[_tag()] = value
+        calls[_tag()] = value.clone()
         if len(calls) > REMEMBERED:
             calls.popitem(last=False)
 

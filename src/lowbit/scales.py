@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .blocks import Blocked, blocked
 from .formats import floor_log2, mx_scale, pow2
+from .ops.affine import affine
 from .serial import nearest, spec
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 
 def _safe(scale: Tensor) -> Tensor:
     """Scale 1 where the statistic vanished."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.masked_fill(scale == 0, 1)
 
 
 def _positive(name: str, value: float) -> None:
@@ -97,16 +98,8 @@ class MinMax(Scale):
             raise ValueError(f"unknown zero point {self.zero!r}; {nearest(self.zero, ('code', 'real'))}")
 
     def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
-        low, high = blocked(x).minmax()
-        if self.zero == "code":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        # a constant block has no range: then its own magnitude is the step, and it stays exact
-        span = high - low
-        step = span / self.denominator
-        step = torch.where(span.isinf(), high / self.denominator - low / self.denominator, step)  # overflowed
-        scale = _safe(torch.where(span == 0, high.abs(), step))
-        zero = -low / scale
-        return scale, zero.round().clamp(0, self.denominator) if self.zero == "code" else zero
+        # a constant block has no range: there its own magnitude is the step, and it stays exact
+        return affine(*blocked(x).minmax(), self.denominator, self.zero == "code")
 
 
 @spec
@@ -183,7 +176,7 @@ class Moments(Scale):
             unit = magnitude / _safe(peak)
             size, root = unit.mean(-1, keepdim=True), unit.square().mean(-1, keepdim=True).sqrt()
         clip = (self.c1 * root - self.c2 * size).to(x.dtype)
-        return torch.where(clip <= 0, torch.ones_like(clip), clip), peak.to(x.dtype)
+        return clip.masked_fill(clip <= 0, 1), peak.to(x.dtype)
 
     def compute(self, x: Tensor | Blocked) -> tuple[Tensor, Tensor | None]:
         ratio, peak = self._ratio(blocked(x))

@@ -44,14 +44,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backward import Coded
 from ..blocks import Blocked, Blocks, Layout, PerSample, PerTensor
 from ..formats import Int
-from ..ops.reflect import reflect
+from ..ops.affine import affine
+from ..ops.cast import cast, cast_arguments
+from ..ops.reflect import reflect, reflect_cast, reflect_minmax
 from ..quantizer import QSpec, Quantizer, Scaling
 from ..recipe import Product, Products, Recipe, Roles
 from ..scales import MinMax
@@ -93,13 +96,13 @@ class Psq(Quantizer, kind="psq"):
     symmetric = False
 
     def scaling(self, x: Blocked) -> Scaling:
+        return self.between(*x.minmax())
+
+    def between(self, least: Tensor, most: Tensor) -> Scaling:
+        """From the least and the largest element of each block, `(blocks, 1)`."""
         eps, fmt = self.spec.params["epsilon"], self.spec.format
-        least, most = x.minmax()
         low = least - eps
-        step = (most + eps - low) / fmt.max
-        step = torch.where(
-            step == 0, torch.ones_like(step), step
-        )  # eps vanishes beside a constant row of large elements
+        step, _ = affine(low, most + eps, fmt.max, False)
         return Scaling(step, fmt, offset=low)
 
 
@@ -116,14 +119,23 @@ class Bhq(Psq, kind="bhq"):
         return _unmixed(Quantizer.restore(coded), coded.extra)
 
     def _fused(self, x: Tensor, key: Tensor | None, u: Tensor | None) -> tuple[Coded, Tensor] | None:
-        if x.dim() < 2 or self.spec.blocks != PerSample() or x.dtype != torch.float32:
+        mode = self.mode(key is not None)
+        arguments = cast_arguments(self.spec.format, mode)
+        rows = x.dim() > 1 and x.dtype == torch.float32 and self.spec.blocks == PerSample()
+        if u is not None or arguments is None or not rows:
             return None
         mix = self._mix(Blocked(x, self.spec.blocks))
-        done = self._by_scaling(_mixed(x, mix), key, u)
-        if done is None:
-            return None
-        coded, q = done
-        return dataclasses.replace(coded, extra={**coded.extra, **mix}), _unmixed(q, mix)
+        mirror = _mirror(mix)
+        s = self.between(*(end[:, None] for end in reflect_minmax(x, *mirror)))
+        assert s.offset is not None
+        scale, offset = s.scale.flatten(), s.offset.flatten()
+
+        def grid() -> Tensor:
+            strides = [1] + [0] * (x.dim() - 1)
+            return cast(_mixed(x, mix), scale, None, key, None, strides, *arguments, mode, "grid", offset).flatten(1)
+
+        q = reflect_cast(x, *mirror, scale, offset, key, *arguments, mode)
+        return Coded(grid, s.scale, s.format, extra={"offset": s.offset, **mix}), q
 
     def _mix(self, x: Blocked) -> dict[str, Tensor]:
         least, most = x.minmax()
@@ -131,18 +143,26 @@ class Bhq(Psq, kind="bhq"):
         return {"group": group[:, None], "v": v[:, None].to(x.dtype), "s": s[:, None].to(x.dtype)}
 
 
+def _mirror(mix: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Group, v and s of each row for `ops.reflect`."""
+    return mix["group"].flatten(), mix["v"].flatten(), mix["s"].flatten()
+
+
 def _mixed(x: Tensor, mix: Mapping[str, Tensor]) -> Tensor:
     """S x."""
-    return reflect(x, mix["group"].flatten(), mix["v"].double().flatten(), before=mix["s"].double().flatten())
+    group, v, s = _mirror(mix)
+    return reflect(x, group, v, before=s)
 
 
 def _unmixed(x: Tensor, mix: Mapping[str, Tensor]) -> Tensor:
     """S^-1 x."""
-    return reflect(x, mix["group"].flatten(), mix["v"].double().flatten(), after=1 / mix["s"].double().flatten())
+    group, v, s = _mirror(mix)
+    return reflect(x, group, v, after=1 / s)
 
 
 def bhq_groups(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """BHQ's groups of rows.
+    """BHQ's groups of rows. Some fifty steps on few numbers: NumPy takes a fraction of PyTorch's time for them, and on
+    every device they come out alike.
 
     Args:
         ranges: range of each row, positive, shape (N,).
@@ -150,27 +170,39 @@ def bhq_groups(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Of each row: its group (int64; group i is led by the i-th largest row), its element of v, and its s (float64).
     """
-    r, order = ranges.double().sort(descending=True, stable=True)
-    place = torch.arange(len(r), device=r.device)
-    leads = (len(r) - 1 - place) * r > r.cumsum(0)
-    leads[0] = True
-    lead = int(leads.nonzero()[-1]) + 1
-    others = len(r) - lead
-    ends = (others * r[:lead].cumsum(0) / r[:lead].sum() + 0.5).floor().long()  # of each group, among the others
-    group = torch.cat([place[:lead], torch.searchsorted(ends, place[:others], right=True).clamp(max=lead - 1)])
+    given = ranges.detach().double().cpu().numpy()
+    with np.errstate(all="ignore"):  # what is not finite shows in the result
+        group, v, s = (torch.from_numpy(t).to(ranges.device) for t in _bhq_groups(given))
+    return group, v, s
 
-    n = torch.bincount(group, minlength=lead).double()
-    second = r[(F.pad(ends, (1, 0))[:-1] + lead).clamp(max=len(r) - 1)]  # a group's largest row after its leader
-    off = 1 / (n - n.sqrt())  # beside first row and column, H is 1 - off on the diagonal and -off elsewhere
-    h = torch.stack([1 / n.sqrt(), (1 - off).abs(), torch.where(n > 2, off, 0)]).amax(0)
-    s1, s2 = (r[:lead] / n.sqrt()) ** (-1 / 3), (second * h / (n - 1)) ** (-1 / 3)
-    both = (s1**-2 + s2**-2).sqrt()
 
-    leader, alone = place < lead, n[group] == 1
-    v = torch.where(alone, 0, 1 / n[group].sqrt() - leader.double())
-    s = torch.where(alone, 1, torch.where(leader, (s1 * both)[group], (s2 * both)[group]))
-    back = order.argsort()
-    return group[back], v[back], s[back]
+def _bhq_groups(given: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    order = np.argsort(np.where(np.isnan(given), -np.inf, -given), kind="stable")
+    r, place, count = given[order], np.arange(len(given)), len(given)
+    total = r.cumsum()
+    lead = max(1, int(np.count_nonzero((count - 1 - place) * r > total)))  # the left side falls, the right one grows
+    others, leader = count - lead, place < lead
+    ends = np.floor(others * total[:lead] / total[lead - 1] + 0.5).astype(np.int64)  # of each group, among the others
+    group = np.minimum(np.searchsorted(ends, place - lead, side="right"), lead - 1)
+    group[:lead] = place[:lead]
+
+    n = np.bincount(group, minlength=lead).astype(np.float64)
+    root = np.sqrt(n)
+    begins = np.zeros_like(ends)
+    begins[1:] = ends[:-1]
+    second = r[np.clip(begins + lead, 0, count - 1)]  # a group's largest row after its leader
+    off = 1 / (n - root)  # beside first row and column, H is 1 - off on the diagonal and -off elsewhere
+    h = np.maximum(np.maximum(1 / root, np.abs(1 - off)), np.where(n > 2, off, 0))
+    s1, s2 = 1 / np.cbrt(r[:lead] / root), 1 / np.cbrt(second * h / (n - 1))
+    both = np.sqrt(s1**-2 + s2**-2)
+
+    alone = (n == 1)[group]
+    v = np.where(alone, 0, (1 / root)[group] - leader)
+    s = np.where(alone, 1, np.where(leader, (s1 * both)[group], (s2 * both)[group]))
+    found = np.empty_like(group), np.empty_like(v), np.empty_like(s)
+    for into, values in zip(found, (group, v, s), strict=True):
+        into[order] = values
+    return found
 
 
 def _recipe(name: str, bits: int, epsilon: float, blocks: Blocks, kind: str, wgrad: Blocks, wgrad_kind: str) -> Recipe:

@@ -37,7 +37,7 @@ class Twn(Quantizer, kind="twn"):
         alpha = (a * keep).sum(-1, keepdim=True) / count.clamp_min(1)
         # an empty support is a block of zeros; NaN must not become a zero
         grid = torch.where(x.isnan(), x, x.sign() * keep)
-        return Coded(grid, torch.where(alpha == 0, torch.ones_like(alpha), alpha), self.spec.format)
+        return Coded(grid, alpha.masked_fill(alpha == 0, 1), self.spec.format)
 
 
 def _smallest_kept(a: Tensor) -> Tensor:
