@@ -363,7 +363,8 @@ struct Draw {
   explicit Draw(const CastUniforms* job) : Draw(*job, job->first, job->out) {}
   Draw(const CastUniforms& job, uint64_t first, float* to)
       : keys(job.key), high{job.high[0], job.high[1]}, block(first / 4), out(to - first % 4) {}
-  // all before `end`
+  // those of a tile's row before column `c`
+  void until(const CastTile& tile, int64_t r, int64_t c) { until(tile.u + r * tile.u_row + c); }
   void until(const float* end) {
     for (; out < end; out += 4 * blocks, block += blocks) {
 #if defined(LOWBIT_VECTOR_WORDS)
@@ -503,7 +504,7 @@ inline void cast_lanes(const Round& round, CastResult result, const CastTile& ti
 
 struct NoDraw {
   explicit NoDraw(const CastUniforms*) {}
-  void until(const float*) {}
+  void until(const CastTile&, int64_t, int64_t) {}
 };
 template <bool drawing>
 struct ChooseDraw { typedef NoDraw type; };
@@ -520,11 +521,11 @@ void cast_tile(const CastFormat& format, const CastTile& given) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const BlockLanes row(tile, r * tile.scale_row, [](const float* p) { return Lanes::set(*p); });
     for (int64_t c = 0; c < whole; c += Lanes::count) {
-      draw.until(tile.u + r * tile.u_row + c + Lanes::count);
+      draw.until(tile, r, c + Lanes::count);
       cast_lanes<Round, scale_column, true>(round, result, tile, r, c, row, Lanes::Mask());
     }
     if (rest) {
-      draw.until(tile.u + r * tile.u_row + tile.columns);
+      draw.until(tile, r, tile.columns);
       cast_lanes<Round, scale_column, false>(round, result, tile, r, whole, row, Lanes::first(rest));
     }
   }
@@ -605,12 +606,12 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     const float *scales = tile.scale + r * tile.scale_row, *inverses = tile.inverse + r * tile.scale_row;
     LaneF scale = L::set(*scales), inverse = L::set(*inverses);
     for (int64_t c = 0; c < whole; c += L::count) {
-      draw.until(tile.u + r * tile.u_row + c + L::count);
+      draw.until(tile, r, c + L::count);
       if constexpr (scale_column) scale = L::load(scales + c), inverse = L::load(inverses + c);
       encode(r, c, scale, inverse);
     }
     if (rest) {
-      draw.until(tile.u + r * tile.u_row + tile.columns);
+      draw.until(tile, r, tile.columns);
       if constexpr (scale_column) scale = L::load(scales + whole, last), inverse = L::load(inverses + whole, last);
       encode(r, whole, scale, inverse, last);
     }

@@ -278,7 +278,7 @@ struct Buffers {
 void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers) {
   const Part part = job.tiles.part(tile);
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
-  lowbit::CastTile t;
+  lowbit::CastTile t = {};
   job.x.place(t, part, job.tiles, job.inverse == nullptr, buffers.x);
   t.ahead = job.ahead;
   t.scale_column = columns.block != 0;
@@ -293,8 +293,6 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   t.step = of_tile(job.step, buffers.step);
   t.inverse = of_tile(job.inverse, buffers.inverse);
   t.scale = of_tile(job.scale, buffers.scale);
-  t.u = nullptr;
-  t.draw = nullptr;
   lowbit::CastUniforms want;
   if (job.key.given) {
     buffers.u.resize(size_t(CastKernels::buffer) + 4);
