@@ -44,6 +44,12 @@ inline void store_results(const Int8Product& job, int64_t at, const Vec::F* resu
     if (!full) memcpy(out, line.bits, size_t(columns) * sizeof(uint16_t));
   } else {
     float* const out = (float*)job.out + at;
+#if defined(__AVX512F__)
+    if (job.stream && full) {
+      for (int v = 0; v < panel_sums; ++v) _mm512_stream_ps(out + v * Vec::lanes, result[v]);
+      return;
+    }
+#endif
     for (int v = 0; v < panel_sums; ++v) Vec::store((full ? out : line.real) + v * Vec::lanes, result[v]);
     if (!full) memcpy(out, line.real, size_t(columns) * sizeof(float));
   }
@@ -243,8 +249,7 @@ constexpr int64_t depth_unit = 4 * matrix_steps, most_tile_rows = 2 * matrix_row
 constexpr int64_t depth_unit = 4, most_tile_rows = Dot::most_rows;
 #endif
 
-void multiply(const Int8Product& job) {
-  if (job.rows == 0) return;
+void multiply_tiles(const Int8Product& job) {
 #if defined(__AMX_INT8__)
   if (job.steps % matrix_steps == 0) return matrix_multiply(job);
 #endif
@@ -253,6 +258,19 @@ void multiply(const Int8Product& job) {
   for (; panel + Dot::most_panels <= panels; panel += Dot::most_panels)
     multiply_panels<Dot::most_panels, Dot::most_rows>(job, panel);
   for (; panel < panels; ++panel) multiply_panels<1, Dot::most_rows_narrow>(job, panel);
+}
+
+// What was written past the caches is there before other threads read it.
+inline void drain(const Int8Product& job) {
+#if defined(__AVX512F__)
+  if (job.stream) _mm_sfence();
+#endif
+}
+
+void multiply(const Int8Product& job) {
+  if (job.rows == 0) return;
+  multiply_tiles(job);
+  drain(job);
 }
 
 void finish_long(const Int8Product& job, const int64_t* sums, int64_t sums_row) {
@@ -266,6 +284,7 @@ void finish_long(const Int8Product& job, const int64_t* sums, int64_t sums_row) 
         finish(job, job.groups[g].out + r * job.out_row + column, job.groups[g].left_scale[r * job.left_scale_step],
                column, real);
       }
+  drain(job);
 }
 
 // 16 rows of 16 numbers, transposed

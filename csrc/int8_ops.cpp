@@ -94,6 +94,15 @@ void expand(const float* x, int64_t count, int64_t groups, int64_t n, float* out
       out[g * padded + j] = j >= n ? 0.0f : x[count == 1 ? 0 : count == n ? j : g * n + j];
 }
 
+// Results of so many bytes are written past the caches, where lines are written whole: a line then need not be read first,
+// and what the caches hold stays. Images at least are read again at once, by a normalization, so they must be larger.
+constexpr int64_t streamed_matrix = 1 << 20, streamed_images = 1 << 24;
+
+bool whole_lines(const Tensor& out, int64_t columns, int64_t least_bytes) {
+  return out.scalar_type() == ScalarType::Float && out.numel() * 4 >= least_bytes && columns % int8_panel == 0 &&
+         reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+}
+
 // ---- matrix product ----
 
 Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
@@ -185,6 +194,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
       job.segments = &part, job.segment_count = 1;
       job.columns = width, job.sums_row = sums_row;
       job.out = out_data, job.out_row = columns, job.bfloat16 = bfloat16;
+      job.stream = whole_lines(out, columns, streamed_matrix);
       job.left_scale_step = left_step, job.right_scale = right_scale + first_column;
       job.bias = bias ? right_bias + first_column : nullptr;
       if (is_long) std::fill(long_sums, long_sums + height * sums_row, 0);
@@ -469,6 +479,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
         job.columns = plan.columns;
         job.first = job.last = true, job.sums_row = 0;
         job.out = out_data, job.out_row = plan.out_x_step * out_channels, job.bfloat16 = bfloat16;
+        job.stream = !plan.depthwise && whole_lines(out, plan.columns, streamed_images);
         job.left_scale_step = 0;
         job.right_scale = scales + g * padded, job.bias = bias ? biases + g * padded : nullptr;
         (plan.depthwise ? kernels.multiply_depthwise : kernels.multiply)(job);

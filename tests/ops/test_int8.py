@@ -225,6 +225,33 @@ def test_large_convolutions_equal_the_definition(isa: str, size: tuple[int, ...]
 
 
 @compiled
+@pytest.mark.parametrize("shape", [(530, 70, 512), (520, 64, 524)])  # whole lines, and rows that begin within one
+def test_large_matrices_equal_the_definition(isa: str, shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    assert 4 * m * n >= 1 << 20  # written past the caches
+    a, b, scale, other, bias = codes(m, k), codes(n, k).t(), scales(m), scales(n), torch.randn(n)
+    expected = MATMUL(a, b, scale, other, bias, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert same(int8_matmul(a, b, scale, other, bias), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+@pytest.mark.parametrize("groups", [1, 2, 16])  # 16 channels of one group; 24 of each of two; a depthwise layer
+def test_large_images_equal_the_definition(isa: str, groups: int) -> None:
+    filters = {1: 16, 2: 48, 16: 16}[groups]
+    x, w = codes(4, 16, 262, 257), codes(filters, 16 // groups, 1, 1)
+    x_scale, w_scale = scales(4), scales(filters)
+    y = int8_conv(x, w, x_scale, w_scale, groups=groups)
+    assert 4 * y.numel() >= 1 << 24  # written past the caches
+    assert same(y, CONV(x, w, x_scale, w_scale, None, [1, 1], [0, 0], [1, 1], groups, torch.float32))
+
+
+@compiled
 def test_special_scales(isa: str) -> None:
     special = torch.tensor([0.0, -0.0, -1.5, float("nan"), float("inf"), 1e-45, 3e38, 1e-30])
     bias = torch.tensor([0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3.3e38])
