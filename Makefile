@@ -62,7 +62,8 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --data $(DATA)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/speed.py --save results/speed.json
+	set -e; for row in $$($(BIN)/python -c "from lowbit.lab.speed import ROWS; print(*ROWS)"); do \
+	  $(BIN)/lowbit bench --rows $$row --save results/speed.json; done
 	$(BIN)/lowbit tables
 
 # a build of its own in build/asan; the one that is installed stays. Memory that lives until the process ends is no leak

@@ -12,6 +12,7 @@ from .attention import scaled_dot_product_attention
 from .backward import InRange, LearnedClip, LearnedStep, PassThrough
 from .blocks import PerAxis, PerChannel, PerGroup, PerRow, PerSample, PerTensor, PerTile
 from .formats import Codebook, Even, Fixed, Float, Int, Log
+from .memory import keep_memory
 from .methods import Card, create, list_methods
 from .model import apply, calibrate, penalty, quantizer
 from .ops.backends import Backend, backends
@@ -104,6 +105,7 @@ __all__ = [
     "backends",
     "calibrate",
     "create",
+    "keep_memory",
     "list_methods",
     "load",
     "ops",

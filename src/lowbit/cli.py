@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .memory import keep_memory
+
 __all__ = ["main"]
 
 
@@ -17,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lowbit: the command line needs {error.name}: pip install 'lowbit[lab]'", file=sys.stderr)
         raise SystemExit(1) from None
+    keep_memory()
     app(args=None if arguments is None else list(arguments), prog_name="lowbit")
 
 
