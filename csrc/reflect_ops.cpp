@@ -27,8 +27,7 @@ bool rows_in_memory(const Tensor& x) {
 
 void check_rows(const char* name, const Tensor& t, ScalarType type, int64_t rows) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == 1 && t.size(0) == rows && t.is_contiguous(), name,
-                  " must be contiguous ",
-                  type == ScalarType::Long ? "int64" : "float32", " of shape (rows,)");
+                  " must be contiguous ", type == ScalarType::Long ? "int64" : "float32", " of shape (rows,)");
 }
 
 // The rows of `x` in their groups; `x` is a copy where its elements do not lie row after row.
@@ -36,7 +35,7 @@ struct Groups {
   Tensor x;
   int64_t rows, columns = 0, count = 0;
   std::vector<int64_t> starts, order;  // as in ReflectTile
-  std::vector<double> v, factor;  // of each row: its part of the normal, and 2 / |v|^2
+  std::vector<double> v, factor;       // of each row: its part of the normal, and 2 / |v|^2
 
   Groups(const Tensor& given, const Tensor& group, const Tensor& normal) : x(given), rows(0) {
     STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float && given.dim() >= 1, "reflect needs float32 (rows, ...)");
@@ -131,8 +130,8 @@ struct Slabs {
 
   Slabs(const Groups& g, bool keyed) : columns(g.columns) {
     const std::vector<int64_t> none(size_t(g.x.dim()), 0);
-    const int64_t most = 512;
-    Tensor x = g.x;
+    const int64_t most = std::clamp<int64_t>((1 << 16) / g.rows, 256, 512);
+    Tensor x = g.x;  // `narrow` takes no constant
     tiles = lowbit::tiling(torch::stable::narrow(x, 0, 0, 1), none, none, nullptr, keyed, true, nullptr, most);
     constexpr int64_t worth_a_thread = 1 << 14;
     pieces = std::min<int64_t>({torch::stable::get_num_threads(), tiles.tiles, 1 + g.x.numel() / worth_a_thread});
