@@ -238,14 +238,15 @@ void check_transforms() {
 }
 
 void check_reflect() {
-  constexpr int64_t rows = 9, columns = 37, groups = 2;
+  constexpr int64_t rows = 9, columns = 3 * ReflectKernels::strip + 37, groups = 2;
   const std::vector<float> x = floats(rows * columns);
-  std::vector<float> out(rows * columns), copy(rows * columns);
-  const std::vector<int64_t> group = {0, 1, 1, 0, 0, 1, 0, 1, 1};
-  std::vector<double> own, spread, collect, totals(groups * columns);
-  for (int r = 0; r < rows; ++r) own.push_back(0.1 * r), spread.push_back(1.0 / (1 + r)), collect.push_back(0.7 - r);
-  k.reflect.reflect({rows, columns, groups, x.data(), columns, out.data(), columns, group.data(), own.data(),
-                     spread.data(), collect.data(), totals.data(), copy.data()});
+  std::vector<float> out(rows * columns), copy(rows * ReflectKernels::strip);
+  const std::vector<int64_t> order = {0, 3, 4, 6, 1, 2, 5, 7, 8}, starts = {0, 4, 9};
+  std::vector<float> own, spread, collect;
+  for (int r = 0; r < rows; ++r)
+    own.push_back(0.1f * float(r)), spread.push_back(1.0f / float(1 + r)), collect.push_back(0.7f - float(r));
+  k.reflect.reflect({rows, columns, groups, x.data(), columns, out.data(), columns, order.data(), starts.data(),
+                     own.data(), spread.data(), collect.data(), copy.data()});
   Checksum sum;
   sum.add(out), sum.print("reflect");
 }
