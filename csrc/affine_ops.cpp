@@ -33,8 +33,7 @@ std::tuple<Tensor, Tensor> affine(const Tensor& low, const Tensor& high, double 
       z = std::nearbyint(z);
       z = z < 0 ? 0.0f : z > steps ? steps : z;
     }
-    scale[i] = std::isnan(step) ? lowbit::tidy(step) : step;
-    zero[i] = lowbit::tidy(z);
+    scale[i] = lowbit::tidy(step), zero[i] = lowbit::tidy(z);
   }
   return {scales, zeros};
 }

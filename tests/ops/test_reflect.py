@@ -218,7 +218,7 @@ def test_errors_of_the_cast_name_the_value(message: str, change: dict[str, Any])
     pattern = message.replace("(", r"\(").replace(")", r"\)")
     for call in (reflect_cast, backends.definition("lowbit::reflect_cast")):
         with pytest.raises((TypeError, ValueError), match=pattern):
-            call(**good | change)
+            call(*(good | change).values())
     if ISAS:
         with pytest.raises(RuntimeError):
             torch.ops.lowbit.reflect_cast(*(good | change).values())

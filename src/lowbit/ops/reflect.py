@@ -51,22 +51,17 @@ def _minmax_definition(x: Tensor, group: Tensor, v: Tensor, before: Tensor) -> t
 
 
 def _reflect_cast_definition(
-    x: Tensor,
-    group: Tensor,
-    v: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    key: Tensor | None,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding: str,
+    x: Tensor, group: Tensor, v: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, *how: Any
 ) -> Tensor:
-    _check_both(x, group, v, factor, scale, offset, key, kind, numbers, table, rounding)
-    how = [1] + [0] * (x.dim() - 1), kind, numbers, table, rounding, "values", offset
+    """`how`: key, kind, numbers, table, rounding."""
+    _check_both(x, group, v, factor, scale, offset, *how)
     y = _definition(x, group, v, factor, None)
-    return _definition(_cast_definition(y, scale, None, key, None, *how), group, v, None, 1 / factor)
+    return _definition(_cast_definition(y, *_rows_cast(x, scale, offset, *how)), group, v, None, 1 / factor)
+
+
+def _rows_cast(x: Tensor, scale: Tensor, offset: Tensor, key: Tensor | None, *how: Any) -> tuple[Any, ...]:
+    """The arguments after the tensor of a cast to values with one block a row of `x`."""
+    return scale, None, key, None, [1] + [0] * (x.dim() - 1), *how, "values", offset
 
 
 def _totals(rows: Tensor, group: Tensor) -> Tensor:
@@ -200,24 +195,11 @@ def reflect_cast(
     return torch.ops.lowbit.reflect_cast(x, group, v, factor, scale, offset, key, kind, list(numbers), table, rounding)
 
 
-def _check_both(
-    x: Tensor,
-    group: Tensor,
-    v: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    key: Tensor | None,
-    kind: str,
-    numbers: Sequence[float],
-    table: Tensor | None,
-    rounding: str,
-) -> None:
+def _check_both(x: Tensor, group: Tensor, v: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, *how: Any) -> None:
     _check(x, group, v, factor, None, wide=False)
     if scale.shape != x.shape[:1]:
         raise ValueError(f"scale must have one value a row, shape ({len(x)},); got {tuple(scale.shape)}")
-    strides = [1] + [0] * (x.dim() - 1)
-    _check_cast(x, scale, None, key, None, strides, kind, numbers, table, rounding, "values", offset)
+    _check_cast(x, *_rows_cast(x, scale, offset, *how))
 
 
 def _check(x: Tensor, group: Tensor, v: Tensor, before: Tensor | None, after: Tensor | None, wide: bool = True) -> None:
