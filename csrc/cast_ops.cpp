@@ -36,7 +36,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t worth_a_thread = 1 << 15;  // elements, 5 to 20 microseconds: smaller tensors stay on one thread
-constexpr int64_t most_ahead = 1 << 17;      // elements of a next unit that still fit a core's own cache, half a megabyte
 constexpr int max_dim = 8;
 
 // ---- tiles as arguments of kernels ----------------------------------------------------------------------------------
@@ -275,7 +274,9 @@ struct Buffers {
   std::vector<float> x, u, scale, zero, offset, step, inverse;
 };
 
-void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers) {
+// Returns the tile with its uniforms; `drawn`, if given, is such a tile whose uniforms are taken instead of a draw.
+lowbit::CastTile cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffers& buffers,
+                           const lowbit::CastTile* drawn = nullptr) {
   const Part part = job.tiles.part(tile);
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
   lowbit::CastTile t = {};
@@ -294,7 +295,9 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   t.inverse = of_tile(job.inverse, buffers.inverse);
   t.scale = of_tile(job.scale, buffers.scale);
   lowbit::CastUniforms want;
-  if (job.key.given) {
+  if (drawn != nullptr) {
+    t.u = drawn->u, t.u_row = drawn->u_row;
+  } else if (job.key.given) {
     buffers.u.resize(size_t(CastKernels::buffer) + 4);
     want = lowbit::uniforms_of(job.key, job.tiles, part, buffers.u.data() + 4);
     kernels.uniforms(want, t);
@@ -306,6 +309,8 @@ void cast_tile(const CastKernels& kernels, const Cast& job, int64_t tile, Buffer
   t.out = job.format.result == CastResult::codes ? static_cast<void*>(static_cast<int8_t*>(job.out) + part.at.out)
                                                  : static_cast<void*>(static_cast<float*>(job.out) + part.at.out);
   kernels.cast(job.format, t);
+  t.draw = nullptr;
+  return t;
 }
 
 // The result, with the strides of `x` where it is dense, otherwise contiguous; and those strides.
@@ -401,6 +406,16 @@ void to_scale(float* absmax, int64_t count, float denominator) {
   }
 }
 
+struct Blocks {
+  int64_t first, count;
+};
+
+// Those of a unit that has them whole.
+Blocks blocks_of(const Tiling& tiles, int64_t unit) {
+  return {tiles.part(unit * tiles.unit()).at.block,
+          tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - unit * tiles.tile_rows) : 1};
+}
+
 // Scales that come from the data, and their inverses where `codes_tile` can do with them.
 struct Scales {
   float *scale, *inverse;
@@ -418,12 +433,13 @@ struct Scales {
   // Makes scales of the absolute maxima of these blocks; returns the inverses of all blocks, if these can be used.
   const float* finish(int64_t first, int64_t count) const {
     to_scale(scale + first, count, denominator);
-    bool usable = inverse != nullptr;
-    for (int64_t b = first; usable && b < first + count; ++b) {
-      usable = scale[b] >= 0x1p-60f && scale[b] <= most;
-      inverse[b] = 1.0f / scale[b];
-    }
-    return usable ? inverse : nullptr;
+    for (int64_t b = first; inverse != nullptr && b < first + count; ++b) inverse[b] = 1.0f / scale[b];
+    return usable({first, count});
+  }
+  const float* usable(const Blocks& blocks) const {
+    for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
+      if (!(scale[b] >= 0x1p-60f && scale[b] <= most)) return nullptr;
+    return inverse;
   }
 };
 
@@ -436,20 +452,19 @@ bool one_block_a_unit(const Tiling& tiles, int64_t blocks) {
   return tiles.whole_blocks() && tiles.first().block == 1 && tiles.first().size == blocks;
 }
 
-// A unit whose blocks are whole: its scales, then its cast while it is still in the cache. `see` gets every tile.
+// The scales of a unit whose blocks are whole; returns the inverses, if these can be used. `see` gets every tile.
 template <class See>
-void absmax_unit(const CastKernels& kernels, Cast& job, const Scales& scales, int64_t u, Buffers& buffers, See see) {
-  const Tiling& tiles = job.tiles;
-  const int64_t unit = tiles.unit(), first = tiles.part(u * unit).at.block;
-  const int64_t count = tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - u * tiles.tile_rows) : 1;
-  const Statistic absmax = {tiles, job.x, 0, false};
-  reset(absmax, nullptr, scales.scale + first, count);
+const float* scale_unit(const CastKernels& kernels, const Cast& job, const Scales& scales, int64_t u, Buffers& buffers,
+                        See see) {
+  const int64_t unit = job.tiles.unit();
+  const Blocks blocks = blocks_of(job.tiles, u);
+  const Statistic absmax = {job.tiles, job.x, 0, false};
+  reset(absmax, nullptr, scales.scale + blocks.first, blocks.count);
   for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) {
     reduce_tile(kernels, absmax, tile, nullptr, scales.scale, buffers.x);
     see(tile);
   }
-  job.inverse = scales.finish(first, count);
-  for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, job, tile, buffers);
+  return scales.finish(blocks.first, blocks.count);
 }
 
 void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vector<int64_t>& block_strides, Cast& job,
@@ -468,7 +483,10 @@ void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vec
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain(tiles) / unit), [&](int64_t begin, int64_t end) {
     Buffers buffers;
     Cast own = job;
-    for (int64_t u = begin; u < end; ++u) absmax_unit(kernels, own, scales, u, buffers, [](int64_t) {});
+    for (int64_t u = begin; u < end; ++u) {  // a unit's cast while it is still in the cache
+      own.inverse = scale_unit(kernels, own, scales, u, buffers, [](int64_t) {});
+      for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, own, tile, buffers);
+    }
   });
 }
 
@@ -499,34 +517,39 @@ Tiling other_blocks(Tiling t) {
   return t;
 }
 
-// Casts `near`, whose blocks are units, in a first pass that collects the absolute maxima of `far` on its way, and `far`
-// in a second, each thread its own pieces, backwards: their ends may still be in its cache.
+// Casts `near`, whose blocks are units, and `far`: in a first pass over x the scales of both, in a second both casts of a
+// tile, with one draw where both have the same key. Each thread has its own pieces, in the second pass backwards: their
+// ends may still be in its cache.
 void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_scales, Cast& far,
                const Scales& far_scales, int64_t far_blocks, int64_t pieces) {
   const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
-  const int64_t elements = near.tiles.tile_rows * near.tiles.tile_columns, ahead = unit * elements;
   const Statistic absmax = {far.tiles, far.x, far_blocks, false};
   std::vector<float> highs(size_t(pieces * far_blocks));
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
-    Cast own = near;
-    own.ahead = ahead <= most_ahead ? ahead : 0;
     for (int64_t piece = begin; piece < end; ++piece) {
       float* high = highs.data() + piece * far_blocks;
       const auto see = [&](int64_t tile) { reduce_tile(kernels, absmax, tile, nullptr, high, buffers.x); };
       for (int64_t u = units * piece / pieces; u < units * (piece + 1) / pieces; ++u)
-        absmax_unit(kernels, own, near_scales, u, buffers, see);
+        scale_unit(kernels, near, near_scales, u, buffers, see);
     }
   });
   reset(absmax, nullptr, far_scales.scale, far_blocks);
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
   far.inverse = far_scales.finish(0, far_blocks);
-  far.ahead = -elements;
+  const bool one_draw = near.key.given && near.key == far.key;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
-    for (int64_t tile = unit * (units * end / pieces); tile-- > unit * (units * begin / pieces);)
-      cast_tile(kernels, far, tile, buffers);
+    Cast own = near;
+    own.ahead = -near.tiles.tile_rows * near.tiles.tile_columns;
+    for (int64_t u = units * end / pieces; u-- > units * begin / pieces;) {
+      own.inverse = near_scales.usable(blocks_of(near.tiles, u));
+      for (int64_t tile = (u + 1) * unit; tile-- > u * unit;) {
+        const lowbit::CastTile drawn = cast_tile(kernels, own, tile, buffers);
+        cast_tile(kernels, far, tile, buffers, one_draw ? &drawn : nullptr);
+      }
+    }
   });
 }
 

@@ -22,6 +22,10 @@ struct PhiloxWords {
   bool given = false;
   uint32_t key[2] = {0, 0}, high[2] = {0, 0};
 
+  bool operator==(const PhiloxWords& o) const {
+    return given == o.given && key[0] == o.key[0] && key[1] == o.key[1] && high[0] == o.high[0] && high[1] == o.high[1];
+  }
+
   PhiloxWords() = default;
   explicit PhiloxWords(const torch::stable::Tensor& seed_stream_step);
 };

@@ -424,6 +424,8 @@ def _(r: Draw) -> tuple[Any, ...]:
     fmt = formats.Int(r.randint(2, 8), narrow=r.chance(0.5))
     roundings = ["stochastic" if r.chance(0.5) else r.choice(NEAREST) for _ in range(2)]
     keys = [r.key() if rounding == "stochastic" else None for rounding in roundings]
+    if r.chance(0.5) and None not in keys:
+        keys[1] = keys[0]  # one draw
     arguments = cast_arguments(fmt, "half_even")
     assert arguments is not None
     denominator = r.choice((fmt.max, 127.0, 1.0, 0.3))

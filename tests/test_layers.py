@@ -207,6 +207,23 @@ def test_samples_average_independent_draws():
     assert spread[0] / spread[1] == pytest.approx(16, rel=0.25)
 
 
+@pytest.mark.parametrize("error, same", [(SR4, True), (SR4, False), (None, True), (INT8, True)])
+def test_an_override_may_take_the_draw_of_its_role(error, same):
+    """The same quantizer twice: equal draws make equal operands. Without a draw of the role it has its own."""
+    torch.manual_seed(0)
+    one, e = torch.eye(6), torch.randn(6, 6)
+    recipe = Recipe("s", Roles(E=error), Products(grad_w=Product(left=SR4, same_draw=same)))
+    layer = lowbit.apply(nn.Linear(6, 6, bias=False), recipe)
+    layer.weight.data.copy_(one)
+    seen = []
+    for _ in range(2):
+        x, layer.weight.grad = one.clone().requires_grad_(), None
+        layer(x).backward(e)
+        seen.append(layer.weight.grad.t())
+        assert torch.equal(x.grad, seen[-1]) == (error is SR4 and same)
+    assert not torch.equal(*seen)
+
+
 # ---- kinds of input --------------------------------------------------------------------------------------------------
 
 

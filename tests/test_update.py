@@ -631,6 +631,9 @@ def test_values_a_specification_refuses() -> None:
         (lambda: Stage(3, 2), "got 3 to 2"),
         (lambda: Stage(0, lr=(0.1, 1.0)), "needs a stop"),
         (lambda: Product(samples=0), "least 1"),
+        (lambda: Product(same_draw=True), "same_draw needs a left operand"),
+        (lambda: Product(left=QSpec(Int(8)), same_draw=True), "same_draw needs a left operand"),
+        (lambda: Products(grad_a=Product(left=STOCHASTIC, same_draw=True)), "only grad_w takes the draw"),
     ]
     for make, message in refused:
         with pytest.raises(ValueError, match=message):

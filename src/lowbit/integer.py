@@ -217,7 +217,7 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, run: Run, *keys: Tensor | None) -> Tensor:
-        by_slot = dict(zip(run.slots, keys, strict=True))
+        by_slot = run.by_slot(keys)
         codes_a, kept = run.activation(a, by_slot)
         flat = None if bias is None else bias.reshape(-1)
         y = integer_product(run.ops, "out", codes_a, run.weight_codes("out", w, by_slot), flat, run.dtype)
@@ -235,7 +235,7 @@ class IntegerProduct(torch.autograd.Function):
                 "differentiated again; leave create_graph out"
             )
         w, a, codes, scale, *keys = ctx.saved_tensors
-        by_slot = dict(zip(run.slots, keys, strict=True))
+        by_slot = run.by_slot(keys)
         grad_a = grad_w = grad_bias = None
         with torch.autocast(grads[0].device.type, enabled=False):
             e = grads[0]

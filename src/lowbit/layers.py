@@ -16,6 +16,7 @@ would; otherwise it returns the type of its input.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -279,8 +280,11 @@ class Run:
         self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
         left = self.overrides["grad_w", "left"]
         again = left if left is not None else self.error
+        self.same_draw = layer.products.grad_w.same_draw and self.error is not None and self.error.spec.stochastic
         self.draws: list[Quantizer | None] = [self.error]
-        self.draws += [q if isinstance(q, Quantizer) else None for q in self.overrides.values()]
+        for slot, q in self.overrides.items():
+            drawn = self.same_draw and slot == ("grad_w", "left")
+            self.draws.append(q if isinstance(q, Quantizer) and not drawn else None)
         self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
 
     plan: Plan
@@ -299,6 +303,13 @@ class Run:
     def keys(self, stored: Tensor, a: Tensor) -> list[Tensor | None]:
         """One key a slot."""
         return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.draws]
+
+    def by_slot(self, keys: Sequence[Tensor | None]) -> dict[Any, Tensor | None]:
+        """The key that each slot draws with, from those that `keys` gave."""
+        found = dict(zip(self.slots, keys, strict=True))
+        if self.same_draw:
+            found["grad_w", "left"] = found["E"]
+        return found
 
     def operand_quantizer(
         self, which: str, side: str, keys: dict[Any, Tensor | None]
@@ -386,7 +397,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qa: Tensor, qw: Tensor, a: Tensor, w: Tensor, run: Run, *keys: Tensor | None) -> Tensor:
-        by_slot = dict(zip(run.slots, keys, strict=True))
+        by_slot = run.by_slot(keys)
         left = run.operand("out", "left", qa, a, run.coded["A"], by_slot)
         right = run.operand("out", "right", qw, w, run.coded["W"], by_slot)
         y = run.multiply("out", left, right)
@@ -414,7 +425,7 @@ class _Product(torch.autograd.Function):
         """`grad_a` and `grad_w`, where asked for."""
         run: Run = ctx.run
         a, w, *keys = ctx.saved_tensors
-        by_slot = dict(zip(run.slots, keys, strict=True))
+        by_slot = run.by_slot(keys)
         overrides = [run.overrides["grad_a", "left"], run.overrides["grad_w", "left"]]
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
         qe: Tensor = e

@@ -106,10 +106,16 @@ class Product:
     values, summed in float32, everywhere else: the two differ by the rounding of float sums."""
     samples: int = 1
     """Independent draws of a stochastic E whose products are averaged; `grad_w` only."""
+    same_draw: bool = False
+    """Whether a stochastic `left` takes the random numbers of the role E, if that is stochastic, instead of its own:
+    one draw then serves two encodings. Each keeps its distribution; only their errors depend on each other. `grad_w`
+    only."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"a product averages at least 1 sample; got {self.samples}")
+        if self.same_draw and not (isinstance(self.left, QSpec) and self.left.stochastic):
+            raise ValueError("same_draw needs a left operand of its own that rounds stochastically; leave it out")
 
 
 @spec
@@ -130,6 +136,8 @@ class Products:
         for product in (self.out, self.grad_a):
             if product.samples != 1:
                 raise ValueError("only grad_w averages samples; set samples=1 on out and grad_a")
+            if product.same_draw:
+                raise ValueError("only grad_w takes the draw of E; leave same_draw out of out and grad_a")
 
 
 @spec

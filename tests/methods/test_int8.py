@@ -183,7 +183,26 @@ def test_refusals(options: dict, message: str) -> None:
 # ---- stochastic rounding and edges ----------------------------------------------------------------------------------
 
 
-def test_gradients_are_unbiased_and_the_two_products_draw_on_their_own() -> None:
+@pytest.mark.parametrize("accumulate", ["int32", "float32"])
+def test_both_encodings_of_the_error_round_by_the_same_uniforms(accumulate: str) -> None:
+    """With 1 as the maximum of every row and column both have the same scales, so they must have the same codes."""
+    torch.manual_seed(0)
+    layer, one = nn.Linear(8, 8, bias=False), torch.eye(8)
+    layer.weight.data = one.clone()
+    e = torch.rand(8, 8) * 1.8 - 0.9
+    e.diagonal().fill_(1.0)
+    model = lowbit.apply(nn.Sequential(layer), lowbit.create("int8", accumulate=accumulate))
+    seen = []
+    for _ in range(2):
+        x, layer.weight.grad = one.clone().requires_grad_(), None
+        model(x).backward(e)
+        assert x.grad is not None and layer.weight.grad is not None
+        assert torch.equal(x.grad, layer.weight.grad.t())
+        seen.append(x.grad)
+    assert not torch.equal(*seen)
+
+
+def test_gradients_are_unbiased() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 6, bias=False)
     x, e = torch.randn(8, 4), torch.randn(8, 6) * torch.tensor([1, 0.01] * 3)

@@ -372,8 +372,10 @@ def pairs(generator: random.Random) -> tuple[Tensor | None, Tensor | None, float
     rounding1, rounding2 = generator.choice(ROUNDINGS_OF_PAIRS)
     arguments = cast_arguments(fmt, rounding1)
     assert arguments is not None
+    one_draw = generator.random() < 0.5
     keys = [
-        torch.tensor([2**40 + 1, i, 3]) if r == "stochastic" else None for i, r in enumerate((rounding1, rounding2))
+        torch.tensor([2**40 + 1, 0 if one_draw else i, 3]) if r == "stochastic" else None
+        for i, r in enumerate((rounding1, rounding2))
     ]
     return keys[0], keys[1], generator.choice([fmt.max, 127.0, 0.3, 2.0**21]), arguments, rounding1, rounding2
 

@@ -9,11 +9,12 @@ and SwitchBack (arXiv 2304.13013). Weights, optimizer and all that lies between 
 |----------|--------------------------------------------|---------------------------------------|
 | `out`    | A per row                                  | W per output channel                  |
 | `grad_a` | E per row, stochastic rounding             | W per input channel, encoded anew     |
-| `grad_w` | E per output channel, stochastic, anew     | A per input channel, encoded anew     |
+| `grad_w` | E per output channel, stochastic           | A per input channel, encoded anew     |
 
 A row is a token (linear) or a sample (convolution). A scale leaves a sum only if it is constant along it,
-hence the second encoding: codes with row scales can't be transposed. Nothing is tracked and nothing is
-learned; evaluation scales by the batch at hand as well. With `layers=("linear", "conv", "attention")`
+hence the second encoding: codes with row scales can't be transposed. Both encodings of E round by the same
+uniforms, since drawing costs as much as casting; either product stays unbiased. Nothing is tracked and nothing
+is learned; evaluation scales by the batch at hand as well. With `layers=("linear", "conv", "attention")`
 attention products are taken too.
 
 - `stochastic=False` rounds E to nearest, as torchao does, which found noise unnecessary. The default keeps
@@ -90,7 +91,9 @@ def int8(
         Products(
             out=Product(accumulator=sums) if out else FLOAT,
             grad_a=Product(right=channel, accumulator=sums) if grad_a else FLOAT,
-            grad_w=Product(_int8(PerChannel(), stochastic), channel, sums) if grad_w else FLOAT,
+            grad_w=Product(_int8(PerChannel(), stochastic), channel, sums, same_draw=stochastic and grad_a)
+            if grad_w
+            else FLOAT,
         ),
         rules=float_ends(not first, not last),
     )

@@ -440,7 +440,8 @@ def cast_absmax_pair(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of `cast_absmax` for two partitions into blocks, each with its own key and rounding.
 
-    It reads x twice, not four times, where the blocks of one partition are the rows or samples of a dense x.
+    It reads x twice, not four times, and draws once for equal keys, where the blocks of one partition are the rows or
+    samples of a dense x.
     """
     _check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, "codes")
     _check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, "codes")
