@@ -30,8 +30,10 @@ using lowbit::merge_high;
 using lowbit::merge_low;
 using lowbit::Part;
 using lowbit::PhiloxWords;
+using lowbit::text;
 using lowbit::tidy;
 using lowbit::Tiling;
+using lowbit::Word;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -378,9 +380,10 @@ const float* check_per_block(const char* name, const Tensor& t, int64_t blocks) 
 }
 
 Tensor cast(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero, std::optional<Tensor> key,
-            std::optional<Tensor> u, std::vector<int64_t> block_strides, std::string kind, std::vector<double> numbers,
-            std::optional<Tensor> table, std::string rounding, std::string result, std::optional<Tensor> offset,
+            std::optional<Tensor> u, std::vector<int64_t> block_strides, Word kind, std::vector<double> numbers,
+            std::optional<Tensor> table, Word rounding, Word result, std::optional<Tensor> offset,
             std::optional<Tensor> step) {
+  const CastFormat format = cast_format(text(kind), numbers, table, text(rounding), text(result));
   const int64_t blocks = scale.numel();
   check_blocks("cast", x, block_strides, blocks);
   const auto values = [&](const char* name, const std::optional<Tensor>& t) {
@@ -389,7 +392,7 @@ Tensor cast(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero, st
   const float *scales = check_per_block("scale", scale, blocks), *zeros = values("zero", zero);
   const float *offsets = values("offset", offset), *steps = values("step", step);
   const Numbering numbering(x, block_strides, blocks);
-  auto [job, out] = prepared(x, key, u, numbering.strides, cast_format(kind, numbers, table, rounding, result));
+  auto [job, out] = prepared(x, key, u, numbering.strides, format);
   if (x.numel() == 0) return out;
   Buffers ordered;
   job.scale = numbering.in_order(scales, ordered.scale), job.zero = numbering.in_order(zeros, ordered.zero);
@@ -497,11 +500,12 @@ void check_absmax(const char* name, const Tensor& x, const std::vector<int64_t>&
 }
 
 std::tuple<Tensor, Tensor> cast_absmax(const Tensor& x, std::optional<Tensor> key, std::vector<int64_t> block_strides,
-                                       int64_t blocks, double denominator, std::string kind,
-                                       std::vector<double> numbers, std::optional<Tensor> table, std::string rounding,
-                                       std::string result) {
-  check_absmax("cast_absmax", x, block_strides, blocks, denominator, result == "codes");
-  auto [job, out] = prepared(x, key, std::nullopt, block_strides, cast_format(kind, numbers, table, rounding, result));
+                                       int64_t blocks, double denominator, Word kind,
+                                       std::vector<double> numbers, std::optional<Tensor> table, Word rounding,
+                                       Word result) {
+  const CastFormat format = cast_format(text(kind), numbers, table, text(rounding), text(result));
+  check_absmax("cast_absmax", x, block_strides, blocks, denominator, format.result == CastResult::codes);
+  auto [job, out] = prepared(x, key, std::nullopt, block_strides, format);
   Tensor scale = per_block(blocks);
   absmax_and_cast(lowbit::kernels().cast, x, block_strides, job, scale.mutable_data_ptr<float>(), blocks,
                   float(denominator));
@@ -555,13 +559,16 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
     const Tensor& x, std::optional<Tensor> key1, std::optional<Tensor> key2, std::vector<int64_t> strides1,
-    int64_t blocks1, std::vector<int64_t> strides2, int64_t blocks2, double denominator, std::string kind,
-    std::vector<double> numbers, std::optional<Tensor> table, std::string rounding1, std::string rounding2) {
+    int64_t blocks1, std::vector<int64_t> strides2, int64_t blocks2, double denominator, Word kind,
+    std::vector<double> numbers, std::optional<Tensor> table, Word rounding1, Word rounding2) {
+  const std::string name = text(kind);
+  const CastFormat format1 = cast_format(name, numbers, table, text(rounding1), "codes");
+  const CastFormat format2 = cast_format(name, numbers, table, text(rounding2), "codes");
   check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, true);
   check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, true);
   const CastKernels& kernels = lowbit::kernels().cast;
-  auto [job1, out1] = prepared(x, key1, std::nullopt, strides1, cast_format(kind, numbers, table, rounding1, "codes"));
-  auto [job2, out2] = prepared(x, key2, std::nullopt, strides2, cast_format(kind, numbers, table, rounding2, "codes"));
+  auto [job1, out1] = prepared(x, key1, std::nullopt, strides1, format1);
+  auto [job2, out2] = prepared(x, key2, std::nullopt, strides2, format2);
   Tensor scale1 = per_block(blocks1), scale2 = per_block(blocks2);
   float *data1 = scale1.mutable_data_ptr<float>(), *data2 = scale2.mutable_data_ptr<float>();
   const float divisor = float(denominator);

@@ -76,7 +76,8 @@ std::string isas() {
 }
 
 // For tests and benchmarks: from here on this process uses the kernels of one instruction set ("" is the best).
-void use_isa(std::string isa) {
+void use_isa(Word word) {
+  const std::string isa = text(word);
   if (isa.empty()) return chosen.store(nullptr);
   for (const Kernels* table : available())
     if (isa == table->name) return chosen.store(table);
@@ -88,6 +89,16 @@ void use_isa(std::string isa) {
 const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_relaxed);
   return table == nullptr ? *available()[0] : *table;
+}
+
+std::string text(Word word) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(word, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(word, &data));
+  std::string copy(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(word));
+  return copy;
 }
 
 int64_t filled(const torch::stable::Tensor& x, int64_t first) {

@@ -7,7 +7,14 @@
 
 #include "kernels.h"
 
+#include <string>
+
 namespace lowbit {
+
+// A `str` argument as an operator gets it, and its text, after which it is gone. As std::string PyTorch 2.13 leaks it at
+// every call (its issue 191340, mended later).
+using Word = StringHandle;
+std::string text(Word word);
 
 // The table that calls go to: the best that this CPU can run, unless lowbit::_use_isa chose another.
 const Kernels& kernels();

@@ -197,14 +197,15 @@ std::tuple<Tensor, Tensor> reflect_minmax(const Tensor& given, const Tensor& gro
 }
 
 Tensor reflect_cast(const Tensor& given, const Tensor& group, const Tensor& v, const Tensor& factor,
-                    const Tensor& scale, const Tensor& offset, std::optional<Tensor> key, std::string kind,
-                    std::vector<double> numbers, std::optional<Tensor> table, std::string rounding) {
+                    const Tensor& scale, const Tensor& offset, std::optional<Tensor> key, lowbit::Word kind,
+                    std::vector<double> numbers, std::optional<Tensor> table, lowbit::Word rounding) {
+  const lowbit::CastFormat format =
+      lowbit::cast_format(lowbit::text(kind), numbers, table, lowbit::text(rounding), "values");
   const Groups groups(given, group, v);
   const int64_t rows = groups.rows;
   check_rows("factor", factor, ScalarType::Float, rows);
   check_rows("scale", scale, ScalarType::Float, rows);
   check_rows("offset", offset, ScalarType::Float, rows);
-  const lowbit::CastFormat format = lowbit::cast_format(kind, numbers, table, rounding, "values");
   STD_TORCH_CHECK(key.has_value() == (format.rounding == lowbit::CastRounding::stochastic),
                   "stochastic rounding needs a key, other roundings none");
   const lowbit::PhiloxWords words = key.has_value() ? lowbit::PhiloxWords(*key) : lowbit::PhiloxWords();

@@ -13,6 +13,7 @@ its own:
 
 from __future__ import annotations
 
+import ctypes
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,6 @@ from lowbit.ops.fingerprint import WEIGHTS
 from lowbit.ops.int8_mm import SAFE
 from lowbit.ops.pack import SUB_BYTE
 from lowbit.rounding import ROUNDINGS
-
-pytestmark = pytest.mark.slow
 
 OPERATORS = sorted(
     {row.operator for row in backends.backends() if row.device == "cpu" and row.implementation != "PyTorch definition"}
@@ -510,6 +509,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -540,6 +540,35 @@ def test_kernels_equal_their_definition(
     with capsys.disabled():
         print(f"\n{operator}: {count} cases, {elements} results, each with {', '.join(ISAS)}")
     assert elements >= 10 * count  # most cases are not empty
+
+
+class Allocated(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc 2.33 and later")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_free_what_they_take(operator: str, threads: None) -> None:
+    """A few bytes that stay at every call are no matter in themselves, but pin what lies around them: a training step
+    then finds no room between them, and the process grows by many times what it uses."""
+    allocated = ctypes.CDLL(None).mallinfo2
+    allocated.restype = Allocated
+    torch.set_num_threads(1)
+    kernel, calls = getattr(torch.ops.lowbit, operator.partition("::")[2]), 200
+    for case in range(3):
+        arguments = GENERATORS[operator](Draw(operator, case))
+        kept = []
+        for _ in range(4):
+            before = allocated().uordblks
+            for _ in range(calls):
+                kernel(*arguments)
+            kept.append((allocated().uordblks - before) / calls)
+        assert min(kept) < 8, f"{operator} keeps {min(kept):.0f} bytes a call: {shown(arguments)}"
 
 
 def test_every_generator_has_an_operator() -> None:
