@@ -193,7 +193,8 @@ void reduce(const CastKernels& kernels, const Statistic& job, float* low, float*
   const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
   if (tiles.outer.empty() && tiles.rows.block == 0 && tiles.columns.block == 1 && tiles.column_tiles >= 2 * pieces) {
     // blocks are columns: all rows of a few columns, then the next
-    torch::stable::parallel_for(0, tiles.column_tiles, grain, [&](int64_t begin, int64_t end) {
+    const int64_t columns = std::max<int64_t>(1, grain / tiles.row_tiles);
+    torch::stable::parallel_for(0, tiles.column_tiles, columns, [&](int64_t begin, int64_t end) {
       std::vector<float> buffer;
       for (int64_t column = begin; column < end; ++column)
         for (int64_t row = 0; row < tiles.row_tiles; ++row)

@@ -229,9 +229,9 @@ class IntegerProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         run: Run = ctx.run
-        if torch.is_grad_enabled() and not run.plain:
+        if torch.is_grad_enabled() and not run.flow.plain:
             raise RuntimeError(
-                f"{run.name}: the backward pass of a layer with a quantized gradient can't be "
+                f"{run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
                 "differentiated again; leave create_graph out"
             )
         w, a, codes, scale, *keys = ctx.saved_tensors

@@ -99,6 +99,7 @@ class LayerQuant(nn.Module):
         self.stored: QTensor | None = None
         """Codes that the weight was loaded from; they count until the layer is trained (`lowbit.load`)."""
         self._plans: dict[tuple[Any, ...], Plan | None] = {}
+        self._flows: dict[tuple[Any, ...], Flow] = {}
         self.unpacked: tuple[QTensor, Codes] | None = None
         """Those codes, and as int8."""
         self.slots = nn.ModuleDict()
@@ -174,6 +175,15 @@ class LayerQuant(nn.Module):
             return self.slots[slot]  # type: ignore[return-value]
         return Keep() if isinstance(getattr(getattr(self.products, which), side), Keep) else None
 
+    def flow(self, error: Quantizer | None) -> Flow:
+        """The flow of the present state; `error` quantizes E as it enters."""
+        if torch.compiler.is_compiling():
+            return Flow(self, error)
+        state = self.stage, self.off, self.frozen, error is None
+        if state not in self._flows:
+            self._flows[state] = Flow(self, error)
+        return self._flows[state]
+
     def forward(
         self,
         ops: ProductOps,
@@ -233,7 +243,8 @@ class LayerQuant(nn.Module):
         if products is None or any(q.watch is not None for q in self.slots.values()):  # type: ignore[union-attr]
             return None
         quant_a, quant_w = self.role("A"), self.coding("W")
-        run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": self.role("E")}, {})
+        error = self.role("E")
+        run = Run(self.flow(error), ops, {"A": quant_a, "W": quant_w, "E": error}, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
         run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, torch.is_grad_enabled()
         run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
@@ -257,35 +268,41 @@ class LayerQuant(nn.Module):
         elif self.frozen and isinstance(self.products.out.accumulator, Int32):
             assert self.stored is not None
             quant_w, coded_w = self._role("W"), self.stored.coded()
-        run = Run(self, ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
+        run = Run(self.flow(error), ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
         return _Product.apply(qa, qw, a.detach(), w.detach(), run, *run.keys(stored, a))
+
+
+class Flow:
+    """What all calls of a layer in the same state share."""
+
+    def __init__(self, layer: LayerQuant, error: Quantizer | None) -> None:
+        self.name, self.error = layer.name, error
+        self.overrides = {
+            (which, side): layer.override(which, side) for which in OPERANDS for side in ("left", "right")
+        }
+        self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
+        self.samples = layer.products.grad_w.samples
+        self.plain = error is None and not any(self.overrides.values())
+        """Whether the backward pass is a function that autograd may differentiate again."""
+        # one key for E, one for each override, one more for each further sample of grad_w
+        self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
+        left = self.overrides["grad_w", "left"]
+        again = left if left is not None else error
+        self.same_draw = layer.products.grad_w.same_draw and error is not None and error.spec.stochastic
+        self.draws: list[Quantizer | None] = [error]
+        for slot, q in self.overrides.items():
+            drawn = self.same_draw and slot == ("grad_w", "left")
+            self.draws.append(q if isinstance(q, Quantizer) and not drawn else None)
+        self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
 
 
 class Run:
     """One call of a layer: its products, its quantizers and which random keys the backward pass will use."""
 
     def __init__(
-        self, layer: LayerQuant, ops: ProductOps, roles: dict[str, Quantizer | None], coded: dict[str, Coded | None]
+        self, flow: Flow, ops: ProductOps, roles: dict[str, Quantizer | None], coded: dict[str, Coded | None]
     ) -> None:
-        self.ops, self.roles, self.coded, self.error = ops, roles, coded, roles["E"]
-        self.overrides = {
-            (which, side): layer.override(which, side) for which in OPERANDS for side in ("left", "right")
-        }
-        self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
-        self.samples = layer.products.grad_w.samples
-        self.name = layer.name
-        self.plain = self.error is None and not any(self.overrides.values())
-        """Whether the backward pass is a function that autograd may differentiate again."""
-        # one key for E, one for each override, one more for each further sample of grad_w
-        self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
-        left = self.overrides["grad_w", "left"]
-        again = left if left is not None else self.error
-        self.same_draw = layer.products.grad_w.same_draw and self.error is not None and self.error.spec.stochastic
-        self.draws: list[Quantizer | None] = [self.error]
-        for slot, q in self.overrides.items():
-            drawn = self.same_draw and slot == ("grad_w", "left")
-            self.draws.append(q if isinstance(q, Quantizer) and not drawn else None)
-        self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
+        self.flow, self.ops, self.roles, self.coded = flow, ops, roles, coded
 
     plan: Plan
     """In an integer execution: how each product runs."""
@@ -302,12 +319,12 @@ class Run:
 
     def keys(self, stored: Tensor, a: Tensor) -> list[Tensor | None]:
         """One key a slot."""
-        return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.draws]
+        return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.flow.draws]
 
     def by_slot(self, keys: Sequence[Tensor | None]) -> dict[Any, Tensor | None]:
         """The key that each slot draws with, from those that `keys` gave."""
-        found = dict(zip(self.slots, keys, strict=True))
-        if self.same_draw:
+        found = dict(zip(self.flow.slots, keys, strict=True))
+        if self.flow.same_draw:
             found["grad_w", "left"] = found["E"]
         return found
 
@@ -315,7 +332,7 @@ class Run:
         self, which: str, side: str, keys: dict[Any, Tensor | None]
     ) -> tuple[Quantizer, Tensor | None, bool]:
         """What encodes one operand of an integer product, with its key, and whether that is the role's quantizer."""
-        override = self.overrides[which, side]
+        override = self.flow.overrides[which, side]
         if isinstance(override, Quantizer):
             return override, keys[which, side], False
         role = OPERANDS[which][side == "right"]
@@ -357,7 +374,7 @@ class Run:
 
     def real(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Tensor:
         """Real values of one operand, on the grid of its override or its role, or as they are."""
-        override = self.overrides[which, side]
+        override = self.flow.overrides[which, side]
         if isinstance(override, Quantizer):
             return override.quantize(x, keys[which, side])
         role = OPERANDS[which][side == "right"]
@@ -374,13 +391,13 @@ class Run:
         return q.weight_integers(w, key)
 
     def raw_needed(self, which: str, side: str) -> bool:
-        return self.overrides[which, side] is not None
+        return self.flow.overrides[which, side] is not None
 
     def operand(
         self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None, keys: dict[Any, Tensor | None]
     ) -> Operand:
         """One operand: the values of its role reused, quantized anew, or kept in float."""
-        override = self.overrides[which, side]
+        override = self.flow.overrides[which, side]
         if override is None:
             return Operand(q, coded, self.roles[OPERANDS[which][side == "right"]])
         if isinstance(override, Keep):
@@ -389,7 +406,7 @@ class Run:
         return Operand(values, again, override)
 
     def multiply(self, which: str, left: Operand, right: Operand) -> Tensor:
-        return multiply(self.ops, which, self.accumulators[which], left, right, self.name)
+        return multiply(self.ops, which, self.flow.accumulators[which], left, right, self.flow.name)
 
 
 class _Product(torch.autograd.Function):
@@ -402,7 +419,7 @@ class _Product(torch.autograd.Function):
         right = run.operand("out", "right", qw, w, run.coded["W"], by_slot)
         y = run.multiply("out", left, right)
         for role, which in (("A", "grad_w"), ("W", "grad_a")):  # codes are kept only for products that run on them
-            if not isinstance(run.accumulators[which], Int32):
+            if not isinstance(run.flow.accumulators[which], Int32):
                 run.coded[role] = None
         keep_w = w if run.raw_needed("grad_a", "right") else qw
         keep_a = a if run.raw_needed("grad_w", "right") else qa
@@ -412,9 +429,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not ctx.run.plain:
+        if torch.is_grad_enabled() and not ctx.run.flow.plain:
             raise RuntimeError(
-                f"{ctx.run.name}: the backward pass of a layer with a quantized gradient can't be "
+                f"{ctx.run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
                 "differentiated again; leave create_graph out"
             )
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -426,12 +443,12 @@ class _Product(torch.autograd.Function):
         run: Run = ctx.run
         a, w, *keys = ctx.saved_tensors
         by_slot = run.by_slot(keys)
-        overrides = [run.overrides["grad_a", "left"], run.overrides["grad_w", "left"]]
+        overrides = [run.flow.overrides["grad_a", "left"], run.flow.overrides["grad_w", "left"]]
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
         qe: Tensor = e
         coded_e: Coded | None = None
-        if run.error is not None and any(o is None and n for o, n in zip(overrides, needed, strict=True)):
-            qe, coded_e = run.error.quantize_coded(e, by_slot["E"])
+        if run.flow.error is not None and any(o is None and n for o, n in zip(overrides, needed, strict=True)):
+            qe, coded_e = run.flow.error.quantize_coded(e, by_slot["E"])
         grad_a = grad_w = None
         if needed[0]:
             left = run.operand("grad_a", "left", qe, e, coded_e, by_slot)
@@ -441,14 +458,14 @@ class _Product(torch.autograd.Function):
             left = run.operand("grad_w", "left", qe, e, coded_e, by_slot)
             right = run.operand("grad_w", "right", a, a, run.coded["A"], by_slot)
             grad_w = run.multiply("grad_w", left, right)
-            again = overrides[1] if overrides[1] is not None else run.error
-            for i in range(1, run.samples if isinstance(again, Quantizer) else 1):
+            again = overrides[1] if overrides[1] is not None else run.flow.error
+            for i in range(1, run.flow.samples if isinstance(again, Quantizer) else 1):
                 assert isinstance(again, Quantizer)
                 with again.repeating(None if left.coded is None else left.coded.scale):
                     values, codes = again.quantize_coded(e, by_slot["sample", i])
                 grad_w = grad_w + run.multiply("grad_w", Operand(values, codes, again), right)
-            if run.samples > 1 and isinstance(again, Quantizer):
-                grad_w = grad_w / run.samples
+            if run.flow.samples > 1 and isinstance(again, Quantizer):
+                grad_w = grad_w / run.flow.samples
         return grad_a, grad_w, None, None, None, *(None,) * ctx.count
 
 

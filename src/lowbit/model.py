@@ -434,7 +434,10 @@ def follow_schedule(model: nn.Module, args: Any) -> None:
 
 def set_stage(model: nn.Module) -> Stage | None:
     """Tell every layer which stage of the schedule holds at the present step."""
-    index, stage = control_of(model).stage()
+    control = control_of(model)
+    if not control.recipe.schedule:
+        return None
+    index, stage = control.stage()
     for layer in layers_of(model).values():
         layer.stage, layer.off = index, () if stage is None else stage.off
     return stage
