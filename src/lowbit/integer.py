@@ -8,6 +8,7 @@ simulated products but for the rounding of float sums: out = float32(sum of code
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,6 +213,11 @@ def _transposed(
     return y
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is off on this kind of device; entering `torch.autocast` itself takes a while."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 class IntegerProduct(torch.autograd.Function):
     """A layer's three products where each runs on codes or on the float tensors themselves."""
 
@@ -237,7 +243,7 @@ class IntegerProduct(torch.autograd.Function):
         w, a, codes, scale, *keys = ctx.saved_tensors
         by_slot = run.by_slot(keys)
         grad_a = grad_w = grad_bias = None
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with without_autocast(grads[0].device.type):
             e = grads[0]
             wanted = [w for w, needed in (("grad_a", 0), ("grad_w", 1)) if ctx.needs_input_grad[needed]]
             on_codes = [which for which in wanted if run.plan[which] == "codes"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import blocks as B
 from .accumulate import Operand, multiply
 from .backward import Coded, as_output
-from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan
+from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan, without_autocast
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import QSpec, QTensor, Quantizer, integers_twice
 from .recipe import Int32, Keep, Products, Roles, Stage
@@ -98,7 +98,6 @@ class LayerQuant(nn.Module):
         self.off: tuple[str, ...] = ()
         self.stored: QTensor | None = None
         """Codes that the weight was loaded from; they count until the layer is trained (`lowbit.load`)."""
-        self._plans: dict[tuple[Any, ...], Plan | None] = {}
         self._flows: dict[tuple[Any, ...], Flow] = {}
         self.unpacked: tuple[QTensor, Codes] | None = None
         """Those codes, and as int8."""
@@ -175,13 +174,13 @@ class LayerQuant(nn.Module):
             return self.slots[slot]  # type: ignore[return-value]
         return Keep() if isinstance(getattr(getattr(self.products, which), side), Keep) else None
 
-    def flow(self, error: Quantizer | None) -> Flow:
-        """The flow of the present state; `error` quantizes E as it enters."""
+    def flow(self) -> Flow:
+        """What calls share at the present state."""
         if torch.compiler.is_compiling():
-            return Flow(self, error)
-        state = self.stage, self.off, self.frozen, error is None
+            return Flow(self)
+        state = self.stage, self.off, self.frozen
         if state not in self._flows:
-            self._flows[state] = Flow(self, error)
+            self._flows[state] = Flow(self)
         return self._flows[state]
 
     def forward(
@@ -197,27 +196,25 @@ class LayerQuant(nn.Module):
         out_dtype = a.dtype
         if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:  # which autocast leaves alone
             out_dtype = torch.get_autocast_dtype(a.device.type)
-        with torch.autocast(a.device.type, enabled=False):
-            double = torch.float64 in (a.dtype, w.dtype)
-            stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
-            error, at = self.role("E"), self.products.error_at
-            result = self.role("result")
-            integer = self._integer(ops, a, w, bias, out_dtype if result is None else a.dtype, memo)
-            a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
-            if integer is not None:
-                y = integer
-            else:
-                if error is not None and at != "output":
-                    a = _QuantizeGrad.apply(a, error, error.key(a))
-                y = self._product(ops, a, w, stored, None if at == "input" else error)
+        with without_autocast(a.device.type):
+            flow = self.flow()
+            y = self._integer(flow, ops, a, w, bias, out_dtype if flow.result is None else a.dtype, memo)
+            if y is None:
+                stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
+                double = torch.float64 in (a.dtype, w.dtype)
+                a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
+                if (late := flow.error_at_input) is not None:
+                    a = _QuantizeGrad.apply(a, late, late.key(a))
+                y = self._product(flow, ops, a, w, stored)
                 if bias is not None:
                     y = y + bias.to(y.dtype)
-            if result is not None:
-                y = result(y)
+            if flow.result is not None:
+                y = flow.result(y)
         return y.to(out_dtype)
 
     def _integer(
         self,
+        flow: Flow,
         ops: ProductOps,
         a: Tensor,
         w: Tensor,
@@ -230,24 +227,24 @@ class LayerQuant(nn.Module):
         if self.kind == "attention" or not a.numel() or not w.numel() or a.dtype not in kept or dtype not in kept:
             return None
         w = w.float()
-        needed = ["out"]
+        recording, needed = torch.is_grad_enabled(), ["out"]
         if self.training:  # the same in both runs of an activation checkpoint, of which one has no gradients
             needed += ["grad_a", "grad_w"]
-        elif torch.is_grad_enabled():
+        elif recording:
             needed += [which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad]
         device = a.device.type
-        state = self.training, self.frozen, self.stage, self.off, w.dim(), device, *needed
-        if state not in self._plans:
-            self._plans[state] = plan(self, w.dim(), needed, device)
-        products = self._plans[state]
+        state = self.training, w.dim(), device, *needed
+        if state not in flow.plans:
+            flow.plans[state] = plan(self, w.dim(), needed, device)
+        products = flow.plans[state]
         if products is None or any(q.watch is not None for q in self.slots.values()):  # type: ignore[union-attr]
             return None
-        quant_a, quant_w = self.role("A"), self.coding("W")
-        error = self.role("E")
-        run = Run(self.flow(error), ops, {"A": quant_a, "W": quant_w, "E": error}, {})
+        run = Run(flow, ops, flow.coding, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
-        run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, torch.is_grad_enabled()
-        run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
+        run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, recording
+        quant_a, quant_w = flow.coding["A"], flow.coding["W"]
+        assert quant_a is not None and quant_w is not None  # `out` runs on codes
+        run.role_keys = {"A": quant_a.key(a), "W": quant_w.key(stored)}
         return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
 
     def _stored_codes(self, shape: torch.Size) -> Codes:
@@ -259,41 +256,50 @@ class LayerQuant(nn.Module):
             self.unpacked = q, (codes, q.scale.flatten().float())
         return self.unpacked[1]
 
-    def _product(self, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor, error: Quantizer | None) -> Tensor:
-        quant_a, quant_w = self.role("A"), self.role("W")
+    def _product(self, flow: Flow, ops: ProductOps, a: Tensor, w: Tensor, stored: Tensor) -> Tensor:
+        quant_a, quant_w = flow.roles["A"], flow.roles["W"]
         qa, coded_a = quant_a.coded(a) if quant_a is not None else (a, None)
         qw, coded_w = w, None
         if quant_w is not None:
             qw, coded_w = quant_w.coded(w, owner=stored)
         elif self.frozen and isinstance(self.products.out.accumulator, Int32):
             assert self.stored is not None
-            quant_w, coded_w = self._role("W"), self.stored.coded()
-        run = Run(self.flow(error), ops, {"A": quant_a, "W": quant_w, "E": error}, {"A": coded_a, "W": coded_w})
+            quant_w, coded_w = flow.coding["W"], self.stored.coded()
+        run = Run(flow, ops, flow.roles | {"W": quant_w}, {"A": coded_a, "W": coded_w})
         return _Product.apply(qa, qw, a.detach(), w.detach(), run, *run.keys(stored, a))
 
 
 class Flow:
-    """What all calls of a layer in the same state share."""
+    """What all calls of a layer share while its stage, its roles and the kind of its weight stay."""
 
-    def __init__(self, layer: LayerQuant, error: Quantizer | None) -> None:
-        self.name, self.error = layer.name, error
+    def __init__(self, layer: LayerQuant) -> None:
+        products = layer.products
+        error, at = layer.role("E"), products.error_at
+        self.name, self.result = layer.name, layer.role("result")
+        self.error = None if at == "input" else error
+        """What quantizes E as it enters."""
+        self.error_at_input = None if at == "output" else error
+        self.roles = {"A": layer.role("A"), "W": layer.role("W"), "E": self.error}
+        self.coding = self.roles | {"W": layer.coding("W")}
+        """As `roles`, but for a weight loaded from codes the quantizer that made them."""
         self.overrides = {
             (which, side): layer.override(which, side) for which in OPERANDS for side in ("left", "right")
         }
-        self.accumulators = {which: getattr(layer.products, which).accumulator for which in OPERANDS}
-        self.samples = layer.products.grad_w.samples
-        self.plain = error is None and not any(self.overrides.values())
+        self.accumulators = {which: getattr(products, which).accumulator for which in OPERANDS}
+        self.samples = products.grad_w.samples
+        self.plain = self.error is None and not any(self.overrides.values())
         """Whether the backward pass is a function that autograd may differentiate again."""
+        self.plans: dict[tuple[Any, ...], Plan | None] = {}
         # one key for E, one for each override, one more for each further sample of grad_w
-        self.slots = ["E", *self.overrides, *(("sample", i) for i in range(1, self.samples))]
         left = self.overrides["grad_w", "left"]
-        again = left if left is not None else error
-        self.same_draw = layer.products.grad_w.same_draw and error is not None and error.spec.stochastic
-        self.draws: list[Quantizer | None] = [error]
-        for slot, q in self.overrides.items():
-            drawn = self.same_draw and slot == ("grad_w", "left")
-            self.draws.append(q if isinstance(q, Quantizer) and not drawn else None)
-        self.draws += [again if isinstance(again, Quantizer) else None] * (self.samples - 1)
+        again = left if left is not None else self.error
+        drawing: dict[Any, Quantizer | Keep | None] = {"E": self.error, **self.overrides}
+        drawing |= {("sample", i): again for i in range(1, self.samples)}
+        self.draws = {k: q for k, q in drawing.items() if isinstance(q, Quantizer) and q.spec.stochastic}
+        self.same_draw = products.grad_w.same_draw and "E" in self.draws
+        if self.same_draw:
+            self.draws.pop(("grad_w", "left"), None)
+        self.no_keys: dict[Any, Tensor | None] = dict.fromkeys(drawing)
 
 
 class Run:
@@ -318,12 +324,12 @@ class Run:
     """What layers that are called with the same activation share."""
 
     def keys(self, stored: Tensor, a: Tensor) -> list[Tensor | None]:
-        """One key a slot."""
-        return [None if slot is None else slot.key(stored if slot.weight else a) for slot in self.flow.draws]
+        """One key for each draw."""
+        return [q.key(stored if q.weight else a) for q in self.flow.draws.values()]
 
     def by_slot(self, keys: Sequence[Tensor | None]) -> dict[Any, Tensor | None]:
-        """The key that each slot draws with, from those that `keys` gave."""
-        found = dict(zip(self.flow.slots, keys, strict=True))
+        """The key of each slot, from those that `keys` gave."""
+        found = self.flow.no_keys | dict(zip(self.flow.draws, keys, strict=True))
         if self.flow.same_draw:
             found["grad_w", "left"] = found["E"]
         return found
@@ -434,7 +440,7 @@ class _Product(torch.autograd.Function):
                 f"{ctx.run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
                 "differentiated again; leave create_graph out"
             )
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with without_autocast(grads[0].device.type):
             return _Product.products(ctx, grads[0])
 
     @staticmethod
