@@ -111,7 +111,8 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   const bool bfloat16 = check_dtype(dtype);
   check_codes(a, 2), check_codes(b, 2);
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-  STD_TORCH_CHECK(b.size(0) == depth, "int8_matmul needs a (M, K) and b (K, N)");
+  STD_TORCH_CHECK(b.size(0) == depth, "int8_matmul needs a (M, K) and b (K, N), got (", rows, ", ", depth, ") and (",
+                  b.size(0), ", ", columns, ")");
   check_vector(a_scale, rows, true, "a_scale"), check_vector(b_scale, columns, true, "b_scale");
   if (bias) check_vector(*bias, columns, false, "bias");
   const int64_t shape[2] = {rows, columns};
@@ -249,7 +250,7 @@ Geometry geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& w, 
   }
   STD_TORCH_CHECK(groups >= 1 && g.filters % groups == 0 && g.channels == groups * g.group_channels,
                   "groups must divide the output channels, and the input needs groups * ", g.group_channels,
-                  " channels");
+                  " channels; got ", groups, " groups and ", g.channels, " channels");
   STD_TORCH_CHECK(g.samples >= 0 && g.channels >= 0 && g.height >= 0 && g.width >= 0 && g.filters >= 0 &&
                       g.kernel_height >= 1 && g.kernel_width >= 1,
                   "a convolution needs sizes of at least 0 and a kernel of at least 1");

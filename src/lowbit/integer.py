@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .blocks import PerChannel, PerGroup, PerRow, PerTensor, PerTile
 from .ops.backends import compiled_isas
-from .ops.int8 import int8_conv, int8_conv_grad_a, int8_conv_grad_w, int8_matmul
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, ProductOps
 from .quantizer import Quantizer
 from .recipe import Chunked, Float32, Int32, Keep
@@ -166,15 +165,16 @@ def integer_product(
     ops: ProductOps, which: str, left: Codes, right: Codes, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Product `which` of codes, scaled; `bias (outputs,)` for `out`."""
+    kernels = torch.ops.lowbit  # which check what they get themselves
     (a, a_scale), (b, b_scale), to = left, right, dtype or torch.float32
     if isinstance(ops, LinearProduct):
         if which == "grad_w":
             rows, columns = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
             if ops.transposed:
                 rows, columns, a_scale, b_scale = columns, rows, b_scale, a_scale
-            return int8_matmul(rows.t(), columns, a_scale, b_scale, None, to)
+            return kernels.int8_matmul(rows.t(), columns, a_scale, b_scale, None, to)
         w = b if (which == "out") == ops.transposed else b.t()
-        y = int8_matmul(a.reshape(-1, a.shape[-1]), w, a_scale, b_scale, bias, to)
+        y = kernels.int8_matmul(a.reshape(-1, a.shape[-1]), w, a_scale, b_scale, bias, to)
         return y.reshape(*a.shape[:-1], y.shape[-1])
     if isinstance(ops, ConvTransposeProduct):
         return _transposed(ops, which, left, right, bias, to)
@@ -191,10 +191,10 @@ def integer_product(
         return integer_product(flat, which, (a.unsqueeze(2), a_scale), (b.unsqueeze(2), b_scale), bias, to).squeeze(2)
     geometry = (ops.stride, ops.padding, ops.dilation, ops.groups, to)
     if which == "out":
-        return int8_conv(a, b, a_scale, b_scale, bias, *geometry)
+        return kernels.int8_conv(a, b, a_scale, b_scale, bias, *geometry)
     if which == "grad_a":
-        return int8_conv_grad_a(a, b, a_scale, b_scale, list(ops.a_shape), *geometry)
-    return int8_conv_grad_w(a, b, a_scale, b_scale, list(ops.w_shape), *geometry)
+        return kernels.int8_conv_grad_a(a, b, a_scale, b_scale, ops.a_shape, *geometry)
+    return kernels.int8_conv_grad_w(a, b, a_scale, b_scale, ops.w_shape, *geometry)
 
 
 def _transposed(
