@@ -20,6 +20,7 @@ from lowbit import LossScale, Product, Products, QSpec, Recipe, Roles, Rule, Sta
 from lowbit.blocks import PerRow
 from lowbit.control import control_of
 from lowbit.formats import FP16_169, TERNARY, Fixed, Int
+from lowbit.rng import Stream
 from lowbit.scales import AbsMax, Learned
 
 GRID = QSpec(Fixed(4, 6))
@@ -225,6 +226,18 @@ def test_stochastic_draws_differ_between_tensors_and_steps_and_repeat_with_the_s
     assert all(0.2 < float((x > 0).float().mean()) < 0.8 for x in a)
     assert all(not torch.equal(a[i], a[j]) for i in range(4) for j in range(i))
     assert all(torch.equal(x, y) for x, y in zip(a, run(0), strict=True)) and not torch.equal(a[0], b[0])
+
+
+def test_an_update_remembers_no_draw_and_leaves_torch_s_generator_alone() -> None:
+    roles, update = Roles(G=STOCHASTIC, U=STOCHASTIC), Update(states=STOCHASTIC)
+    model = lowbit.apply(model_of(6, 6, 6), Recipe("t", roles, update=update))
+    optimizer = lowbit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    model(torch.randn(3, 6)).sum().backward()
+    before = torch.get_rng_state()
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    streams = [m for m in model.modules() if isinstance(m, Stream)]
+    assert streams and not any(stream._calls for stream in streams)
 
 
 # ---- three updates ---------------------------------------------------------------------------------------------------

@@ -295,7 +295,7 @@ class _Hooks:
 
 def _key(quant: Quantizer) -> Tensor | None:
     """A key that is the same on every rank: all ranks must make the same update."""
-    return quant.stream.next(0) if quant.spec.stochastic else None
+    return quant.stream.move() if quant.spec.stochastic else None
 
 
 def _round(quant: Quantizer | None, x: Tensor) -> Tensor:
