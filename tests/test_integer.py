@@ -141,6 +141,24 @@ def test_evaluation_runs_on_codes_where_training_does_not() -> None:
         torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
 
 
+def test_operands_of_one_product_need_no_role() -> None:
+    """Overrides of `out` alone: it runs on codes, the backward products on the float tensors."""
+    int8 = QSpec(Int(8, narrow=True), PerRow(), AbsMax(127))
+    torch.manual_seed(0)
+    plain, x, results = nn.Linear(24, 10), torch.randn(6, 24), []
+    for sums in (Int32(), Float32()):
+        recipe = Recipe("r", Roles(), Products(out=Product(int8, int8, sums)))
+        layer = lowbit.apply(nn.Sequential(copy.deepcopy(plain)), recipe)[0]
+        t = x.clone().requires_grad_()
+        y = layer(t)
+        assert (type(y.grad_fn).__name__ == "IntegerProductBackward") == isinstance(sums, Int32)
+        y.sum().backward()
+        results.append((y.detach(), t.grad, layer.weight.grad))
+    for integer, real in zip(*results, strict=True):
+        torch.testing.assert_close(integer, real, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(results[0][0], plain(x).detach())
+
+
 def test_bfloat16_results_are_the_float32_ones_rounded() -> None:
     model = lowbit.apply(nn.Sequential(nn.Linear(64, 32)), lowbit.create("int8", accumulate="int32")).eval()
     x = torch.randn(9, 64)

@@ -243,8 +243,7 @@ class LayerQuant(nn.Module):
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
         run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, recording
         quant_a, quant_w = flow.coding["A"], flow.coding["W"]
-        assert quant_a is not None and quant_w is not None  # `out` runs on codes
-        run.role_keys = {"A": quant_a.key(a), "W": quant_w.key(stored)}
+        run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
         return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
 
     def _stored_codes(self, shape: torch.Size) -> Codes:
