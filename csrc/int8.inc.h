@@ -172,6 +172,7 @@ void shape_tiles(int64_t high, int64_t low) {
   shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = uint8_t(high);
   shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = uint8_t(low > 0 ? low : 1);
   shapes.rows[6] = shapes.rows[7] = matrix_steps;
+  __asm__ volatile("" ::"r"(&shapes) : "memory");  // GCC takes the next line for a read of 8 bytes
   _tile_loadconfig(&shapes);
 }
 
