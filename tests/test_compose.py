@@ -34,7 +34,8 @@ def with_error(forward: lowbit.Recipe, other: lowbit.Recipe) -> lowbit.Recipe:
         forward.products,
         grad_a=dataclasses.replace(forward.products.grad_a, left=other.products.grad_a.left),
         grad_w=dataclasses.replace(
-            forward.products.grad_w, left=other.products.grad_w.left, samples=other.products.grad_w.samples
+            forward.products.grad_w,
+            **{k: getattr(other.products.grad_w, k) for k in ("left", "samples", "same_draw")},
         ),
     )
     roles = put(forward.roles)
