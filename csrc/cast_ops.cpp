@@ -412,6 +412,7 @@ void to_scale(float* absmax, int64_t count, float denominator) {
 
 struct Blocks {
   int64_t first, count;
+  int64_t end() const { return first + count; }
 };
 
 // Those of a unit that has them whole.
@@ -435,13 +436,13 @@ struct Scales {
     inverse = inverses.data();
   }
   // Makes scales of the absolute maxima of these blocks; returns the inverses of all blocks, if these can be used.
-  const float* finish(int64_t first, int64_t count) const {
-    to_scale(scale + first, count, denominator);
-    for (int64_t b = first; inverse != nullptr && b < first + count; ++b) inverse[b] = 1.0f / scale[b];
-    return usable({first, count});
+  const float* finish(const Blocks& blocks) const {
+    to_scale(scale + blocks.first, blocks.count, denominator);
+    for (int64_t b = blocks.first; inverse != nullptr && b < blocks.end(); ++b) inverse[b] = 1.0f / scale[b];
+    return usable(blocks);
   }
   const float* usable(const Blocks& blocks) const {
-    for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
+    for (int64_t b = blocks.first; b < blocks.end(); ++b)
       if (!(scale[b] >= 0x1p-60f && scale[b] <= most)) return nullptr;
     return inverse;
   }
@@ -468,7 +469,7 @@ const float* scale_unit(const CastKernels& kernels, const Cast& job, const Scale
     reduce_tile(kernels, absmax, tile, nullptr, scales.scale, buffers.x);
     see(tile);
   }
-  return scales.finish(blocks.first, blocks.count);
+  return scales.finish(blocks);
 }
 
 void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vector<int64_t>& block_strides, Cast& job,
@@ -480,7 +481,7 @@ void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vec
   const Tiling& tiles = job.tiles;
   if (!one_block_a_unit(tiles, blocks) || !busy(tiles)) {
     reduce(kernels, x, block_strides, blocks, false, nullptr, out);
-    job.inverse = scales.finish(0, blocks);
+    job.inverse = scales.finish({0, blocks});
     return run(kernels, job);
   }
   const int64_t unit = tiles.unit(), units = tiles.tiles / unit;
@@ -542,7 +543,7 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
   reset(absmax, nullptr, far_scales.scale, far_blocks);
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
-  far.inverse = far_scales.finish(0, far_blocks);
+  far.inverse = far_scales.finish({0, far_blocks});
   const bool one_draw = near.key.given && near.key == far.key;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;

@@ -551,6 +551,7 @@ class Allocated(ctypes.Structure):
     )
 
 
+@pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc 2.33 and later")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_free_what_they_take(operator: str, threads: None) -> None:

@@ -17,7 +17,7 @@ def keep_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU free, for the tensors to come.
 
     glibc gives much of it back to the system, and the next training step pays a page fault for every 4 KiB that it
-    writes anew: about a tenth of the time of an int8 step of GPT blocks, less of a float32 step (the page on speed).
+    writes anew: up to a seventh of the time of an int8 step of GPT blocks, less of a float32 step (the page on speed).
     Afterwards the process stays as large as it once was (single tensors beyond 32 MiB still go back). The command
     `lowbit` does this by itself; results do not depend on it.
 

@@ -487,6 +487,11 @@ class Quantizer(nn.Module):
         self._source = weakref.ref(stored)
         return self.stream.key.clone()
 
+    def update_key(self) -> Tensor | None:
+        """The random key for one use in an optimizer's update (roles G and U, the optimizer's state): the same on every
+        rank, since all must make the same update, and not remembered, since no checkpoint repeats an update."""
+        return self.stream.move() if self.spec.stochastic else None
+
     def redraw(self) -> None:
         """Draw anew at the next use, for a weight that was changed behind autograd's back (by a fused optimizer)."""
         self._drawn = None

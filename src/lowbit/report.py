@@ -222,6 +222,6 @@ def _run_weight(layer: LayerQuant, weight: Tensor) -> None:
 def _gradients(model: nn.Module, loss_scale: float) -> None:
     for layer, weight, grad in _weights(model):
         if (quant := layer.role("G")) is not None and grad is not None:
-            quant.gradient(grad / loss_scale, 1.0, quant.stream.move() if quant.spec.stochastic else None)
+            quant.gradient(grad / loss_scale, 1.0, quant.update_key())
         if (quant := layer.role("U")) is not None:
-            quant.quantize(weight, quant.stream.move() if quant.spec.stochastic else None)
+            quant.quantize(weight, quant.update_key())

@@ -195,7 +195,7 @@ class _Hooks:
             group, quant = groups.get(id(entry.param)), entry.slot("G")
             if quant is not None and group is not None and entry.param.grad is not None:
                 grad = entry.param.grad[entry.part]
-                grad.copy_(quant.gradient(grad, float(group["lr"]), _key(quant)))
+                grad.copy_(quant.gradient(grad, float(group["lr"]), quant.update_key()))
         if self.update.lr_scale == "glorot":
             self.before_step = [e.param[e.part].clone() for e in self.stored]
         if self.axpy:
@@ -293,13 +293,8 @@ class _Hooks:
         self.control.step += 1
 
 
-def _key(quant: Quantizer) -> Tensor | None:
-    """A key that is the same on every rank: all ranks must make the same update."""
-    return quant.stream.move() if quant.spec.stochastic else None
-
-
 def _round(quant: Quantizer | None, x: Tensor) -> Tensor:
-    return x if quant is None else quant.quantize(x, _key(quant))
+    return x if quant is None else quant.quantize(x, quant.update_key())
 
 
 def _rest(p: Tensor, parts: list[slice]) -> list[tuple[slice, Quantizer | None, Quantizer | None]]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lowbit.lab import archives, images
-from lowbit.lab.data import BOS, EOS, IGNORE, PAD, SOURCES, UNK, Data, load, words
+from lowbit.lab.data import BOS, EOS, IGNORE, PAD, SOURCES, UNK, Data, load, without_place, words
 from lowbit.lab.dataset import CROP, crop_and_flip
 from lowbit.lab.models import build
 
@@ -774,3 +774,9 @@ def test_real_text_and_pairs(data_root):
     pairs = load(f"pairs:{data_root / 'multi30k'}")
     assert pairs.train[0].shape == (29_000, 48) and pairs.test[1].shape == (1000, 48)
     assert pairs.train[0][:, -1].eq(PAD).all() and pairs.train[1][:, -1].eq(PAD).all()  # none was cut
+
+
+def test_sources_are_shown_without_their_place():
+    shown = {"digits": "digits", "cifar10:/home/me/a.tar.gz": "cifar10:PATH", "text:../plays": "text:PATH"}
+    shown |= {"--data=mnist:/data/mnist": "--data=mnist:PATH", "a/b": "a/b", "text:plays": "text:plays"}
+    assert {source: without_place(source) for source in shown} == shown

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 import shlex
 import sys
 import warnings
@@ -584,13 +583,14 @@ def compare(
 
 def _shortened(words: list[str]) -> list[str]:
     """The command line without the places of files on this machine."""
+    from lowbit.lab.data import without_place
+
     out, skip = [], False
     for word in words:
         if skip or word.partition("=")[0] in ("--out", "--save", "--open-report"):
             skip = not skip and "=" not in word
             continue
-        kind, colon, path = word.partition(":")
-        out.append(f"{kind}:PATH" if colon and os.sep in path else word)
+        out.append(without_place(word))
     return out
 
 

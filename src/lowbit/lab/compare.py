@@ -73,7 +73,7 @@ import lowbit
 from lowbit.backward import Coded
 from lowbit.control import layers_of
 from lowbit.lab import models
-from lowbit.lab.data import Data
+from lowbit.lab.data import Data, without_place
 from lowbit.lab.loop import (
     CRITERIA,
     RUNTIME,
@@ -324,7 +324,7 @@ def _results(
         "task": data.task,
         "metric": metric,
         "data": {
-            "source": config.data,
+            "source": without_place(config.data),
             "fingerprint": data.fingerprint,
             "train": examples[0],
             "test": examples[1],

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ from lowbit.lab import archives, images
 from lowbit.lab.dataset import BOS, EOS, IGNORE, PAD, UNK, Data
 from lowbit.serial import nearest
 
-__all__ = ["BOS", "EOS", "IGNORE", "PAD", "SOURCES", "UNK", "Data", "load", "words"]
+__all__ = ["BOS", "EOS", "IGNORE", "PAD", "SOURCES", "UNK", "Data", "load", "without_place", "words"]
 
 Arrays = dict[str, Any]
 
@@ -238,6 +239,12 @@ SOURCES: dict[str, Callable[..., Data]] = {
     "pairs": load_pairs,
 }
 """Loaders `(source, path, **options) -> Data` by the word before the colon."""
+
+
+def without_place(source: str) -> str:
+    """A source, or another word, as it may be shown: without the place of files on this machine."""
+    kind, colon, path = source.partition(":")
+    return f"{kind}:PATH" if colon and os.sep in path else source
 
 
 def load(source: str, **options: Any) -> Data:
