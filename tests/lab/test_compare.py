@@ -152,6 +152,7 @@ def test_attention_and_sequences(tmp_path):
     data = load(config.data, block=16)
     results = compare.compare([("fp32", {}), ("twn", {})], config, data, [0], tmp_path / "out", measure=False)
     assert results["metric"]["name"] == "perplexity" and results["metric"]["better"] == "lower"
+    assert results["data"]["source"] == "text:PATH", "a place on this machine is nobody's business"
     m = by_key(results)
     assert m["twn"]["status"] == "ok" and m["twn"]["step"] is None and m["twn"]["metric"]["spread"] is None
     ternary = {h["layer"] for h in m["twn"]["histograms"] if len(h["levels"]) == 3 and h["role"] == "W"}
