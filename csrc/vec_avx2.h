@@ -45,6 +45,10 @@ struct Vec {
     static Words range(uint64_t first) {
       return {_mm256_add_epi64(_mm256_set1_epi64x((long long)first), _mm256_setr_epi64x(0, 1, 2, 3))};
     }
+    static Words load(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+    void store(uint64_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+    static Words add(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
+    static Words add_halves(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
     static Words product(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
     static Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
     static Words exclusive_or(Words a, Words b, Words c) {

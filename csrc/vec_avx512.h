@@ -45,6 +45,10 @@ struct Vec {
     static Words range(uint64_t first) {
       return {_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
     }
+    static Words load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+    void store(uint64_t* p) const { _mm512_storeu_si512(p, v); }
+    static Words add(Words a, Words b) { return {_mm512_add_epi64(a.v, b.v)}; }
+    static Words add_halves(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
     static Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
     // not a shift: those wait for the port of the products
     static Words high(Words a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
