@@ -75,6 +75,8 @@ struct CastKernels {
   void (*uniforms)(const CastUniforms& job, CastTile& tile);  // sets u, u_row and perhaps draw
   void (*absmax)(const BlockTile& tile);  // `high` is what it was (NaN stays) or max|x|, whichever is larger
   void (*minmax)(const BlockTile& tile);  // the same with both ends
+  // adds the rows, one after another, to the sums of the columns; `x16` as in BlockTile
+  void (*add_rows)(const float* x, const uint16_t* x16, int64_t x_row, int64_t rows, int64_t columns, float* sums);
 };
 
 }  // namespace lowbit

@@ -788,7 +788,30 @@ void minmax(const BlockTile& given) {
   }
 }
 
-constexpr CastKernels cast_kernels = {cast, uniforms, absmax, minmax};
+template <class X>
+void add_rows_of(const X* x, int64_t x_row, int64_t rows, int64_t columns, float* sums) {
+  using L = Lanes;
+  constexpr int64_t together = L::count > 1 ? 4 * L::count : 0;
+  int64_t c = 0;
+  for (; together != 0 && c + together <= columns; c += together) {  // sums stay in registers
+    LaneF sum[4];
+    for (int i = 0; i < 4; ++i) sum[i] = L::load(sums + c + i * L::count);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < 4; ++i) sum[i] = sum[i] + L::load(x + r * x_row + c + i * L::count);
+    for (int i = 0; i < 4; ++i) L::store(sums + c + i * L::count, sum[i]);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = c; i < columns; i += L::count) {
+      const auto part = L::first(columns - i < L::count ? columns - i : L::count);
+      L::store(sums + i, L::load(sums + i, part) + L::load(x + r * x_row + i, part), part);
+    }
+}
+
+void add_rows(const float* x, const uint16_t* x16, int64_t x_row, int64_t rows, int64_t columns, float* sums) {
+  x16 == nullptr ? add_rows_of(x, x_row, rows, columns, sums) : add_rows_of(x16, x_row, rows, columns, sums);
+}
+
+constexpr CastKernels cast_kernels = {cast, uniforms, absmax, minmax, add_rows};
 
 }  // namespace
 }  // namespace lowbit

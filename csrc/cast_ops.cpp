@@ -523,11 +523,56 @@ Tiling other_blocks(Tiling t) {
   return t;
 }
 
+// Sums over all axes but the last: rows in their order are cut into runs, each is summed row by row, then the runs are, all
+// in float32.
+struct ColumnSums {
+  static constexpr int64_t runs = 32;
+  Numbers x;
+  int64_t rows, columns, each;  // rows of a run
+  std::vector<float> parts;     // sums of the runs
+
+  explicit ColumnSums(const Tensor& contiguous)
+      : x(contiguous), rows(1), columns(contiguous.size(contiguous.dim() - 1)) {
+    for (int64_t d = 0; d < contiguous.dim() - 1; ++d) rows *= contiguous.size(d);
+    each = std::max<int64_t>(1, (rows + runs - 1) / runs);
+    parts.assign(size_t(runs * columns), 0.0f);
+  }
+  // the first row of the first run that starts in this row or later
+  int64_t run_from(int64_t row) const { return std::min(rows, (row + each - 1) / each * each); }
+  // rows that follow those of their run which were added before
+  void add(const CastKernels& kernels, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t run = begin / each, stop = std::min(end, (run + 1) * each), at = begin * columns;
+      kernels.add_rows(x.x == nullptr ? nullptr : x.x + at, x.x == nullptr ? x.x16 + at : nullptr, columns, stop - begin,
+                       columns, parts.data() + run * columns);
+      begin = stop;
+    }
+  }
+  void add_all(const CastKernels& kernels) {
+    const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, each * columns));
+    torch::stable::parallel_for(0, runs, grain, [&](int64_t begin, int64_t end) {
+      add(kernels, std::min(rows, begin * each), std::min(rows, end * each));
+    });
+  }
+  void finish(const CastKernels& kernels, float* out) const {
+    std::fill(out, out + columns, 0.0f);
+    kernels.add_rows(parts.data(), nullptr, columns, runs, columns, out);
+    for (int64_t c = 0; c < columns; ++c)
+      if (std::isnan(out[c])) out[c] = tidy(out[c]);
+  }
+};
+
+// Whether tiles are rows of the contiguous matrix that `sums` sees.
+bool same_rows(const Tiling& tiles, const ColumnSums& sums) {
+  return tiles.outer.empty() && tiles.rows.size == sums.rows && tiles.columns.size == sums.columns &&
+         (sums.rows == 1 || tiles.rows.x == sums.columns) && (sums.columns == 1 || tiles.columns.x == 1);
+}
+
 // Casts `near`, whose blocks are units, and `far`: in a first pass over x the scales of both, in a second both casts of a
 // tile, with one draw where both have the same key. Each thread has its own pieces, in the second pass backwards: their
-// ends may still be in its cache.
+// ends may still be in its cache. `sums`, or null, are of the same rows and made in the first pass.
 void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_scales, Cast& far,
-               const Scales& far_scales, int64_t far_blocks, int64_t pieces) {
+               const Scales& far_scales, int64_t far_blocks, int64_t pieces, ColumnSums* sums) {
   const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
   const Statistic absmax = {far.tiles, far.x, far_blocks, false};
   std::vector<float> highs(size_t(pieces * far_blocks));
@@ -536,8 +581,19 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
     for (int64_t piece = begin; piece < end; ++piece) {
       float* high = highs.data() + piece * far_blocks;
       const auto see = [&](int64_t tile) { reduce_tile(kernels, absmax, tile, nullptr, high, buffers.x); };
-      for (int64_t u = units * piece / pieces; u < units * (piece + 1) / pieces; ++u)
+      const auto first = [&](int64_t p) { return units * p / pieces; };
+      const int64_t height = near.tiles.tile_rows;
+      int64_t summed = sums == nullptr ? 0 : sums->run_from(first(piece) * height);
+      for (int64_t u = first(piece); u < first(piece + 1); ++u) {
         scale_unit(kernels, near, near_scales, u, buffers, see);
+        const int64_t end = (u + 1) * height;
+        if (sums != nullptr && end > summed) {
+          sums->add(kernels, summed, std::min(end, sums->rows));
+          summed = end;
+        }
+      }
+      // a run belongs to the piece in which it starts
+      if (sums != nullptr) sums->add(kernels, summed, sums->run_from(first(piece + 1) * height));
     }
   });
   reset(absmax, nullptr, far_scales.scale, far_blocks);
@@ -559,21 +615,27 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
     const Tensor& x, std::optional<Tensor> key1, std::optional<Tensor> key2, std::vector<int64_t> strides1,
     int64_t blocks1, std::vector<int64_t> strides2, int64_t blocks2, double denominator, Word kind,
-    std::vector<double> numbers, std::optional<Tensor> table, Word rounding1, Word rounding2) {
+    std::vector<double> numbers, std::optional<Tensor> table, Word rounding1, Word rounding2,
+    bool with_sums) {
   const std::string name = text(kind);
   const CastFormat format1 = cast_format(name, numbers, table, text(rounding1), "codes");
   const CastFormat format2 = cast_format(name, numbers, table, text(rounding2), "codes");
   check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, true);
   check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, true);
+  STD_TORCH_CHECK(!with_sums || x.dim() > 0, "cast_absmax_pair: sums are over all axes but the last, and x has none");
   const CastKernels& kernels = lowbit::kernels().cast;
   auto [job1, out1] = prepared(x, key1, std::nullopt, strides1, format1);
   auto [job2, out2] = prepared(x, key2, std::nullopt, strides2, format2);
-  Tensor scale1 = per_block(blocks1), scale2 = per_block(blocks2);
+  Tensor scale1 = per_block(blocks1), scale2 = per_block(blocks2), sums = per_block(with_sums ? x.size(x.dim() - 1) : 0);
   float *data1 = scale1.mutable_data_ptr<float>(), *data2 = scale2.mutable_data_ptr<float>();
   const float divisor = float(denominator);
+  std::optional<Tensor> contiguous;
+  std::optional<ColumnSums> columns;
+  if (with_sums) columns.emplace(contiguous.emplace(x.is_contiguous() ? x : torch::stable::contiguous(x)));
+  bool summed = false;
   const auto fused = [&](const Tiling& tiles, Cast& near, float* near_out, int64_t near_blocks, Cast& far,
                          float* far_out, int64_t far_blocks) {
     const int64_t pieces = tiles.tiles <= grain(tiles) ? 1 : torch::stable::get_num_threads();
@@ -583,22 +645,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
     std::vector<float> inverses1, inverses2;
     const Scales near_scales(near.format, near_out, inverses1, near_blocks, divisor);
     const Scales far_scales(far.format, far_out, inverses2, far_blocks, divisor);
-    cast_both(kernels, near, near_scales, far, far_scales, far_blocks, pieces);
+    summed = with_sums && same_rows(tiles, *columns);
+    cast_both(kernels, near, near_scales, far, far_scales, far_blocks, pieces, summed ? &*columns : nullptr);
     return true;
   };
-  if (x.numel() != 0) {
-    const std::vector<int64_t> strides = strides_of(out1);
-    const bool keyed = job1.key.given || job2.key.given;
-    // several rows share one load of the maxima or scales of the columns
-    const Tiling tiles = lowbit::tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
-                                keyed ? CastKernels::tile : CastKernels::wide_tile);
-    if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
-        fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
-      return {out1, scale1, out2, scale2};
+  const auto both = [&] {
+    if (x.numel() != 0) {
+      const std::vector<int64_t> strides = strides_of(out1);
+      const bool keyed = job1.key.given || job2.key.given;
+      // several rows share one load of the maxima or scales of the columns
+      const Tiling tiles = lowbit::tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
+                                          keyed ? CastKernels::tile : CastKernels::wide_tile);
+      if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
+          fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
+        return;
+    }
+    absmax_and_cast(kernels, x, strides1, job1, data1, blocks1, divisor);
+    absmax_and_cast(kernels, x, strides2, job2, data2, blocks2, divisor);
+  };
+  both();
+  if (with_sums) {
+    if (!summed) columns->add_all(kernels);
+    columns->finish(kernels, sums.mutable_data_ptr<float>());
   }
-  absmax_and_cast(kernels, x, strides1, job1, data1, blocks1, divisor);
-  absmax_and_cast(kernels, x, strides2, job2, data2, blocks2, divisor);
-  return {out1, scale1, out2, scale2};
+  return {out1, scale1, out2, scale2, sums};
 }
 
 }  // namespace

@@ -428,7 +428,7 @@ def _(r: Draw) -> tuple[Any, ...]:
     arguments = cast_arguments(fmt, "half_even")
     assert arguments is not None
     denominator = r.choice((fmt.max, 127.0, 1.0, 0.3))
-    return x, *keys, *first, *second, denominator, *arguments, *roundings
+    return x, *keys, *first, *second, denominator, *arguments, *roundings, x.dim() > 0 and r.chance(0.5)
 
 
 def packed(r: Draw, bits: int) -> tuple[Tensor, Tensor, Tensor, int]:

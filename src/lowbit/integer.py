@@ -247,9 +247,12 @@ class IntegerProduct(torch.autograd.Function):
             e = grads[0]
             wanted = [w for w, needed in (("grad_a", 0), ("grad_w", 1)) if ctx.needs_input_grad[needed]]
             on_codes = [which for which in wanted if run.plan[which] == "codes"]
+            biased = ctx.bias is not None and ctx.needs_input_grad[2]
             error: dict[str, Codes] = {}
+            sums = None
             if len(on_codes) == 2:
-                pair = run.both_codes(("grad_a", "left"), ("grad_w", "left"), e, by_slot)
+                summed = biased and isinstance(run.ops, LinearProduct)  # whose bias belongs to the last axis
+                *pair, sums = run.both_codes(("grad_a", "left"), ("grad_w", "left"), e, by_slot, summed)
                 error = dict(zip(on_codes, pair, strict=True))
             elif on_codes:
                 error = {which: run.codes(which, "left", e, by_slot) for which in on_codes}
@@ -264,6 +267,6 @@ class IntegerProduct(torch.autograd.Function):
             elif "grad_w" in wanted:
                 real = run.real("grad_w", "left", e.float(), by_slot), run.real("grad_w", "right", a.float(), by_slot)
                 grad_w = run.ops.grad_w(*real)
-            if ctx.bias is not None and ctx.needs_input_grad[2]:
-                grad_bias = e.float().sum_to_size(ctx.bias)
+            if biased:
+                grad_bias = e.float().sum_to_size(ctx.bias) if sums is None else sums.reshape(ctx.bias)
         return grad_a, grad_w, grad_bias, None, *(None,) * ctx.count

@@ -351,29 +351,38 @@ class Run:
         return q.integers(x, key)
 
     def both_codes(
-        self, one: tuple[str, str], other: tuple[str, str], x: Tensor, keys: dict[Any, Tensor | None]
-    ) -> tuple[Codes, Codes]:
-        """int8 codes of a tensor that enters two products."""
+        self,
+        one: tuple[str, str],
+        other: tuple[str, str],
+        x: Tensor,
+        keys: dict[Any, Tensor | None],
+        sums: bool = False,
+    ) -> tuple[Codes, Codes, Tensor | None]:
+        """int8 codes of a tensor that enters two products; and its sums, see `integers_twice`."""
         (q1, key1, role1), (q2, key2, role2) = (self.operand_quantizer(*o, keys) for o in (one, other))
         if role1 and role2:
             codes = q1.integers(x, key1)
-            return codes, codes
-        return integers_twice(x, q1, key1, q2, key2)
+            return codes, codes, None
+        return integers_twice(x, q1, key1, q2, key2, sums)
 
     def activation(self, a: Tensor, keys: dict[Any, Tensor | None]) -> tuple[Codes, Codes | None]:
         """The codes of `a` for `out`, and those for `grad_w`, which are made now so that `a` itself is not kept."""
         left, right = ("out", "left"), ("grad_w", "right")
         later = self.recording and self.plan.get("grad_w") == "codes"
+
+        def make() -> tuple[Codes, Codes | None]:
+            return self.both_codes(left, right, a, keys)[:2] if later else (self.codes(*left, a, keys), None)
+
         if self.memo is None:
-            return self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+            return make()
         sides = (left, right) if later else (left,)
         used = [self.operand_quantizer(*side, keys) for side in sides]
         if any(key is not None or not isinstance(q.spec.scale, AbsMax) for q, key, _ in used):
-            return self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+            return make()
         known = a, [(q.spec, q.layout) for q, _, _ in used]
         if "codes" not in self.memo or self.memo["known"][1] != known[1] or self.memo["known"][0] is not a:
             self.memo["known"] = known
-            self.memo["codes"] = self.both_codes(left, right, a, keys) if later else (self.codes(*left, a, keys), None)
+            self.memo["codes"] = make()
         found: tuple[Codes, Codes | None] = self.memo["codes"]
         return found
 

@@ -86,18 +86,19 @@ def rank() -> int:
 
 
 def integers_twice(
-    x: Tensor, first: Quantizer, key1: Tensor | None, second: Quantizer, key2: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it."""
+    x: Tensor, first: Quantizer, key1: Tensor | None, second: Quantizer, key2: Tensor | None, sums: bool = False
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
+    """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it. Then, with
+    `sums`, its sums over all axes but the last, where they come for less than a pass of their own; otherwise None."""
     x = x.detach()
     a, b = first._cast(x, key1), second._cast(x, key2)
     if not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
-        return first.integers(x, key1), second.integers(x, key2)
+        return first.integers(x, key1), second.integers(x, key2), None
     denominator, arguments = a[3:5]
-    codes1, scale1, codes2, scale2 = torch.ops.lowbit.cast_absmax_pair(
-        x, key1, key2, a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5]
+    codes1, scale1, codes2, scale2, total = torch.ops.lowbit.cast_absmax_pair(
+        x, key1, key2, a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5], sums
     )
-    return (codes1, scale1), (codes2, scale2)
+    return (codes1, scale1), (codes2, scale2), total if sums else None
 
 
 def _cast_absmax(x: Tensor, key: Tensor | None, found: tuple[Any, ...], result: str) -> tuple[Tensor, Tensor]:

@@ -354,7 +354,9 @@ def compare_pair(isa: str, x: Tensor, partitions: Sequence[tuple[list[int], int]
     key1, key2, denominator, kind, numbers, table, rounding1, rounding2 = args
     (strides1, blocks1), (strides2, blocks2) = partitions
     rest = denominator, kind, numbers, table
-    compare("cast_absmax_pair", isa, x, key1, key2, strides1, blocks1, strides2, blocks2, *rest, rounding1, rounding2)
+    blocks = strides1, blocks1, strides2, blocks2
+    for sums in (False, True)[: 1 + (x.dim() > 0)]:
+        compare("cast_absmax_pair", isa, x, key1, key2, *blocks, *rest, rounding1, rounding2, sums)
 
 
 ROUNDINGS_OF_PAIRS = [
@@ -462,17 +464,50 @@ def test_pair_checks_its_arguments() -> None:
     partitions = [1, 0], 2, [0, 1], 3
     for call in (cast_absmax_pair, backends.definition("lowbit::cast_absmax_pair"), torch.ops.lowbit.cast_absmax_pair):
         with pytest.raises((RuntimeError, TypeError), match="needs float32, or bfloat16 for codes"):
-            call(torch.zeros(2, 3, dtype=torch.float64), None, None, *partitions, *rest)
+            call(torch.zeros(2, 3, dtype=torch.float64), None, None, *partitions, *rest, False)
         with pytest.raises((RuntimeError, ValueError), match="3 blocks"):
-            call(torch.zeros(2, 4), None, None, *partitions, *rest)
+            call(torch.zeros(2, 4), None, None, *partitions, *rest, False)
         with pytest.raises((RuntimeError, ValueError), match="exactly one"):
-            call(torch.zeros(2, 3), None, torch.tensor([1, 2, 3]), *partitions, *rest)
-        codes1, scale1, codes2, scale2 = call(torch.ones(2, 3, dtype=torch.bfloat16), None, None, *partitions, *rest)
+            call(torch.zeros(2, 3), None, torch.tensor([1, 2, 3]), *partitions, *rest, False)
+        ones = torch.ones(2, 3, dtype=torch.bfloat16)
+        codes1, scale1, codes2, scale2, sums = call(ones, None, None, *partitions, *rest, True)
         assert codes1.eq(127).all() and codes2.eq(127).all()
-        assert scale1.shape == (2,) and scale2.shape == (3,)
+        assert scale1.shape == (2,) and scale2.shape == (3,) and sums.tolist() == [2, 2, 2]
+        with pytest.raises((RuntimeError, ValueError), match="all axes but the last"):
+            call(torch.ones(()), None, None, [], 1, [], 1, *rest, True)
     for call in (cast_absmax, torch.ops.lowbit.cast_absmax):
         with pytest.raises((RuntimeError, TypeError), match="float32"):
             call(torch.zeros(2, dtype=torch.bfloat16), None, [0], 1, *rest[:-1], "values")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_a_pair_are_made_in_one_order(isa: str) -> None:
+    arguments = cast_arguments(Int(8, narrow=True), "half_even")
+    assert arguments is not None
+    before = torch.get_num_threads()
+    try:
+        for shape in ((1, 7), (31, 40), (33, 16), (100, 130), (1000, 33), (4, 70, 257), (700, 3000), (2048, 64)):
+            x = torch.randn(shape) * torch.randn(shape).exp()
+            rows, columns = x[..., 0].numel(), shape[-1]
+            each = -(-rows // 32)
+            want = torch.zeros(columns)
+            for run in x.reshape(rows, columns).split(each):
+                part = torch.zeros(columns)
+                for row in run:
+                    part += row
+                want += part
+            *outer, last = range(len(shape))
+            by_rows, by_columns = dense_strides(shape, outer), dense_strides(shape, [last])
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                with backends.using_isa(isa):
+                    *_, sums = cast_absmax_pair(
+                        x, None, None, *by_rows, *by_columns, 127.0, *arguments, "half_even", "half_even", True
+                    )
+                assert torch.equal(sums, want), (shape, threads)
+            assert torch.allclose(want.double(), x.double().reshape(rows, -1).sum(0), atol=1e-3, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_absmax_scale_is_that_of_the_library() -> None:
@@ -612,10 +647,10 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
         (ops.cast, (x, scale, None, key, None, strides, *arguments, "stochastic", "values", scale, scale)),
         (ops.cast_absmax, (x, key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
         (ops.cast_absmax, (x.to(torch.bfloat16), key, strides, blocks, 127.0, *arguments, "stochastic", "codes")),
-        (ops.cast_absmax_pair, (x, key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings)),
+        (ops.cast_absmax_pair, (x, key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings, False)),
         (
             ops.cast_absmax_pair,
-            (x.to(torch.bfloat16), key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings),
+            (x.to(torch.bfloat16), key, None, rows, len(x), strides, blocks, 127.0, *arguments, *roundings, True),
         ),
     ]:
         assert torch.library.opcheck(op.default, args, test_utils=CHECKS) == expected

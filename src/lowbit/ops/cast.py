@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.formats import (
@@ -56,6 +57,7 @@ KINDS = {"int": 3, "even": 1, "float": 4, "log2": 2, "table": 1}
 RESULTS = ("values", "grid", "codes")
 LEVELS = 256  # of the largest table
 DIMENSIONS = 8  # of the largest tensor
+RUNS = 32  # of rows that are summed by themselves
 
 
 # ---- formats as plain values -----------------------------------------------------------------------------------------
@@ -216,12 +218,29 @@ def _cast_absmax_definition(
     return _cast_definition(x, scale, None, key, None, block_strides, *how), scale
 
 
-def _pair_definition(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = _both(rest)
-    return *_cast_absmax_definition(x, *first), *_cast_absmax_definition(x, *second)
+def _pair_definition(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *casts, sums = rest
+    first, second = _both(casts)
+    _check_sums(x, sums)
+    return *_cast_absmax_definition(x, *first), *_cast_absmax_definition(x, *second), _sums(x, sums)
 
 
-def _both(rest: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _sums(x: Tensor, wanted: bool) -> Tensor:
+    """Sums over all axes but the last, in the order that `cast_absmax_pair` tells; empty if not wanted."""
+    if not wanted:
+        return x.new_empty(0, dtype=torch.float32)
+    rows = x.float().flatten(0, -2) if x.dim() > 1 else x.float()[None]
+    each = max(1, -(-len(rows) // RUNS))
+    runs = F.pad(rows, (0, 0, 0, RUNS * each - len(rows))).unflatten(0, (RUNS, each))
+    parts, total = runs.new_zeros(RUNS, rows.shape[1]), runs.new_zeros(rows.shape[1])
+    for i in range(each):
+        parts += runs[:, i]
+    for part in parts:
+        total += part
+    return total.masked_fill(total.isnan(), torch.nan)
+
+
+def _both(rest: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of `cast_absmax` after x for each of a pair's casts, from those of the pair."""
     key1, key2, strides1, blocks1, strides2, blocks2, *shared, rounding1, rounding2 = rest
     first = key1, strides1, blocks1, *shared, rounding1, "codes"
@@ -281,8 +300,8 @@ _pair_op = Operator(
     "lowbit::cast_absmax_pair",
     _pair_definition,
     "(Tensor x, Tensor? key1, Tensor? key2, SymInt[] strides1, SymInt blocks1, SymInt[] strides2, SymInt blocks2, "
-    "float denominator, str kind, float[] numbers, Tensor? table, str rounding1, str rounding2) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "float denominator, str kind, float[] numbers, Tensor? table, str rounding1, str rounding2, bool sums) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -330,9 +349,12 @@ def _cast_absmax_fake(
 
 
 @_pair_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second = _both(rest)
-    return *_cast_absmax_fake(x, *first), *_cast_absmax_fake(x, *second)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *casts, sums = rest
+    first, second = _both(casts)
+    _check_sums(x, sums)
+    summed = x.new_empty(x.shape[-1] if sums else 0, dtype=torch.float32)
+    return *_cast_absmax_fake(x, *first), *_cast_absmax_fake(x, *second), summed
 
 
 declare("lowbit::block_absmax", _absmax_definition, {"cpu": "C++"})
@@ -437,17 +459,24 @@ def cast_absmax_pair(
     table: Tensor | None,
     rounding1: str,
     rounding2: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of `cast_absmax` for two partitions into blocks, each with its own key and rounding.
 
     It reads x twice, not four times, and draws once for equal keys, where the blocks of one partition are the rows or
     samples of a dense x.
+
+    Returns:
+        codes and scales of the first partition, of the second; and, if asked for with `sums`, float32 sums of x over
+        all axes but the last, `(x.shape[-1],)`, otherwise an empty tensor. They are made in one order whatever the
+        threads: the rows are cut into 32 runs of equal length, each is summed row by row, then the runs are.
     """
     _check_absmax("cast_absmax_pair", x, strides1, blocks1, denominator, "codes")
     _check_absmax("cast_absmax_pair", x, strides2, blocks2, denominator, "codes")
+    _check_sums(x, sums)
     blocks = list(strides1), blocks1, list(strides2), blocks2
     return torch.ops.lowbit.cast_absmax_pair(
-        x, key1, key2, *blocks, denominator, kind, list(numbers), table, rounding1, rounding2
+        x, key1, key2, *blocks, denominator, kind, list(numbers), table, rounding1, rounding2, sums
     )
 
 
@@ -547,3 +576,8 @@ def _check_absmax(
     _check_blocks(operator, x, block_strides, blocks, bfloat16=result == "codes")
     if not denominator > 0:
         raise ValueError(f"the denominator must be positive; got {denominator}")
+
+
+def _check_sums(x: Tensor, sums: bool) -> None:
+    if sums and x.dim() == 0:
+        raise ValueError("cast_absmax_pair: sums are over all axes but the last, and x has none; leave sums out")
