@@ -459,11 +459,10 @@ bool one_block_a_unit(const Tiling& tiles, int64_t blocks) {
 
 // The scales of a unit whose blocks are whole; returns the inverses, if these can be used. `see` gets every tile.
 template <class See>
-const float* scale_unit(const CastKernels& kernels, const Cast& job, const Scales& scales, int64_t u, Buffers& buffers,
-                        See see) {
-  const int64_t unit = job.tiles.unit();
-  const Blocks blocks = blocks_of(job.tiles, u);
-  const Statistic absmax = {job.tiles, job.x, 0, false};
+const float* scale_unit(const CastKernels& kernels, const Statistic& absmax, const Scales& scales, int64_t u,
+                        Buffers& buffers, See see) {
+  const int64_t unit = absmax.tiles.unit();
+  const Blocks blocks = blocks_of(absmax.tiles, u);
   reset(absmax, nullptr, scales.scale + blocks.first, blocks.count);
   for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) {
     reduce_tile(kernels, absmax, tile, nullptr, scales.scale, buffers.x);
@@ -488,8 +487,9 @@ void absmax_and_cast(const CastKernels& kernels, const Tensor& x, const std::vec
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain(tiles) / unit), [&](int64_t begin, int64_t end) {
     Buffers buffers;
     Cast own = job;
+    const Statistic absmax = {tiles, job.x, 0, false};
     for (int64_t u = begin; u < end; ++u) {  // a unit's cast while it is still in the cache
-      own.inverse = scale_unit(kernels, own, scales, u, buffers, [](int64_t) {});
+      own.inverse = scale_unit(kernels, absmax, scales, u, buffers, [](int64_t) {});
       for (int64_t tile = u * unit; tile < (u + 1) * unit; ++tile) cast_tile(kernels, own, tile, buffers);
     }
   });
@@ -570,22 +570,23 @@ bool same_rows(const Tiling& tiles, const ColumnSums& sums) {
 
 // Casts `near`, whose blocks are units, and `far`: in a first pass over x the scales of both, in a second both casts of a
 // tile, with one draw where both have the same key. Each thread has its own pieces, in the second pass backwards: their
-// ends may still be in its cache. `sums`, or null, are of the same rows and made in the first pass.
-void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_scales, Cast& far,
+// ends may still be in its cache. `seen` are the tiles of the first pass, which needs no order of uniforms. `sums`, or
+// null, are of their rows and made on the way.
+void cast_both(const CastKernels& kernels, const Tiling& seen, const Cast& near, const Scales& near_scales, Cast& far,
                const Scales& far_scales, int64_t far_blocks, int64_t pieces, ColumnSums* sums) {
-  const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
-  const Statistic absmax = {far.tiles, far.x, far_blocks, false};
+  const Tiling seen_far = other_blocks(seen);
+  const Statistic near_absmax = {seen, near.x, 0, false}, absmax = {seen_far, far.x, far_blocks, false};
   std::vector<float> highs(size_t(pieces * far_blocks));
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
     for (int64_t piece = begin; piece < end; ++piece) {
       float* high = highs.data() + piece * far_blocks;
       const auto see = [&](int64_t tile) { reduce_tile(kernels, absmax, tile, nullptr, high, buffers.x); };
+      const int64_t units = seen.tiles / seen.unit(), height = seen.tile_rows;
       const auto first = [&](int64_t p) { return units * p / pieces; };
-      const int64_t height = near.tiles.tile_rows;
       int64_t summed = sums == nullptr ? 0 : sums->run_from(first(piece) * height);
       for (int64_t u = first(piece); u < first(piece + 1); ++u) {
-        scale_unit(kernels, near, near_scales, u, buffers, see);
+        scale_unit(kernels, near_absmax, near_scales, u, buffers, see);
         const int64_t end = (u + 1) * height;
         if (sums != nullptr && end > summed) {
           sums->add(kernels, summed, std::min(end, sums->rows));
@@ -600,11 +601,12 @@ void cast_both(const CastKernels& kernels, const Cast& near, const Scales& near_
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
   far.inverse = far_scales.finish({0, far_blocks});
+  const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
   const bool one_draw = near.key.given && near.key == far.key;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
     Cast own = near;
-    own.ahead = -near.tiles.tile_rows * near.tiles.tile_columns;
+    own.ahead = -near.tiles.tile_rows * near.tiles.rows.x;
     for (int64_t u = units * end / pieces; u-- > units * begin / pieces;) {
       own.inverse = near_scales.usable(blocks_of(near.tiles, u));
       for (int64_t tile = (u + 1) * unit; tile-- > u * unit;) {
@@ -636,28 +638,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cast_absmax_pair(
   std::optional<ColumnSums> columns;
   if (with_sums) columns.emplace(contiguous.emplace(x.is_contiguous() ? x : torch::stable::contiguous(x)));
   bool summed = false;
-  const auto fused = [&](const Tiling& tiles, Cast& near, float* near_out, int64_t near_blocks, Cast& far,
-                         float* far_out, int64_t far_blocks) {
+  const auto fused = [&](const Tiling& seen, const Tiling& tiles, Cast& near, float* near_out, int64_t near_blocks,
+                         Cast& far, float* far_out, int64_t far_blocks) {
     const int64_t pieces = tiles.tiles <= grain(tiles) ? 1 : torch::stable::get_num_threads();
-    if (!one_block_a_unit(tiles, near_blocks) || !busy(tiles) || far_blocks * pieces * 4 > x.numel()) return false;
+    if (far_blocks * pieces * 4 > x.numel()) return false;
+    for (const Tiling* t : {&seen, &tiles})
+      if (!one_block_a_unit(*t, near_blocks) || !busy(*t)) return false;
     near.tiles = tiles, far.tiles = other_blocks(tiles);
     near.scale = near_out, far.scale = far_out;
     std::vector<float> inverses1, inverses2;
     const Scales near_scales(near.format, near_out, inverses1, near_blocks, divisor);
     const Scales far_scales(far.format, far_out, inverses2, far_blocks, divisor);
-    summed = with_sums && same_rows(tiles, *columns);
-    cast_both(kernels, near, near_scales, far, far_scales, far_blocks, pieces, summed ? &*columns : nullptr);
+    summed = with_sums && same_rows(seen, *columns);
+    cast_both(kernels, seen, near, near_scales, far, far_scales, far_blocks, pieces, summed ? &*columns : nullptr);
     return true;
   };
   const auto both = [&] {
     if (x.numel() != 0) {
       const std::vector<int64_t> strides = strides_of(out1);
-      const bool keyed = job1.key.given || job2.key.given;
+      const bool keyed = job1.key.given || job2.key.given, is_dense = lowbit::filled(x, 0) != 0;
       // several rows share one load of the maxima or scales of the columns
-      const Tiling tiles = lowbit::tiling(x, strides, strides1, nullptr, keyed, lowbit::filled(x, 0) != 0, &strides2,
-                                          keyed ? CastKernels::tile : CastKernels::wide_tile);
-      if (fused(tiles, job1, data1, blocks1, job2, data2, blocks2) ||
-          fused(other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
+      const Tiling seen = lowbit::tiling(x, strides, strides1, nullptr, false, is_dense, &strides2,
+                                         CastKernels::wide_tile);
+      const Tiling tiles = keyed ? lowbit::tiling(x, strides, strides1, nullptr, true, is_dense, &strides2) : seen;
+      if (fused(seen, tiles, job1, data1, blocks1, job2, data2, blocks2) ||
+          fused(other_blocks(seen), other_blocks(tiles), job2, data2, blocks2, job1, data1, blocks1))
         return;
     }
     absmax_and_cast(kernels, x, strides1, job1, data1, blocks1, divisor);
