@@ -67,7 +67,7 @@ struct BlockTile {
 };
 
 struct CastKernels {
-  static constexpr int64_t tile = 2048;  // at most so many elements, with four more for each row unless there is one
+  static constexpr int64_t tile = 4096;  // at most so many elements, with four more for each row unless there is one
   static constexpr int64_t wide_tile = 8192;  // the same without uniforms, of codes
   static constexpr int64_t columns = 512;  // at most so many, where each has its own block, in statistics
   static constexpr int64_t buffer = tile + 128;  // numbers that uniforms may take

@@ -347,13 +347,11 @@ inline void fetch_vector(const void* x) {
 
 // ---- uniforms of a tile ---------------------------------------------------------------------------------------------
 
-// The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 63 behind.
+// The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 127 behind.
 struct Draw {
 #if defined(LOWBIT_VECTOR_WORDS)
-  static constexpr int64_t blocks = philox_blocks_at_once;
   const PhiloxKeys keys;
 #else
-  static constexpr int64_t blocks = 1;
   const uint32_t* keys;
 #endif
   uint32_t high[2];
@@ -364,20 +362,41 @@ struct Draw {
   Draw(const CastUniforms& job, uint64_t first, float* to)
       : keys(job.key), high{job.high[0], job.high[1]}, block(first / 4), out(to - first % 4) {}
   // those of a tile's row before column `c`
-  void until(const CastTile& tile, int64_t r, int64_t c) { until(tile.u + r * tile.u_row + c); }
-  void until(const float* end) {
-    for (; out < end; out += 4 * blocks, block += blocks) {
+  void until(const CastTile& tile, int64_t r, int64_t c) {
+    const float* const end = tile.u + r * tile.u_row + c;
 #if defined(LOWBIT_VECTOR_WORDS)
-      philox_blocks(block, keys, high, out);
+    while (out < end) some<philox_many>();
 #else
-      philox_block(block, keys, high, out);
+    rest(end);
 #endif
-    }
   }
+  void all(int64_t count) {
+    const float* const end = out + count;
+#if defined(LOWBIT_VECTOR_WORDS)
+    while (end - out > 4 * philox_blocks_in<philox_few>) some<philox_many>();
+#endif
+    rest(end);
+  }
+
+ private:
+#if defined(LOWBIT_VECTOR_WORDS)
+  template <int Vectors>
+  void some() {
+    philox_blocks<Vectors>(block, keys, high, out);
+    out += 4 * philox_blocks_in<Vectors>, block += philox_blocks_in<Vectors>;
+  }
+  void rest(const float* end) {
+    while (out < end) some<philox_few>();
+  }
+#else
+  void rest(const float* end) {
+    for (; out < end; out += 4, ++block) philox_block(block, keys, high, out);
+  }
+#endif
 };
 
 void uniforms_in_order(const CastUniforms& job, uint64_t first, int64_t count, float* out) {
-  Draw(job, first, out).until(out + count);
+  Draw(job, first, out).all(count + int64_t(first % 4));
 }
 
 #if defined(__AVX512F__)
@@ -398,20 +417,16 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
   const PhiloxKeys keys(job.key);
   // columns that start at another word of their first block than 0 are shifted up: a row is made of rows of blocks
   float rows[4 * 16 * 2];  // this block and the one before
-  const int64_t blocks = (job.rows + (aligned ? 0 : 3) + 3) / 4;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512i more = _mm512_set1_epi64((long long)b);
-    const PhiloxPair pair = philox_pair({_mm512_add_epi64(block[0], more)}, {_mm512_add_epi64(block[1], more)}, keys,
-                                        job.high);
+  const auto take = [&](const W (&first)[4], const W (&second)[4], int64_t b) {
     float* now = rows + (b % 2) * 64;
     const float* before = rows + (1 - b % 2) * 64;
     for (int w = 0; w < 4; ++w) {
-      const __m512i bits = _mm512_permutex2var_epi32(pair.words[0][w].v, even, pair.words[1][w].v);
+      const __m512i bits = _mm512_permutex2var_epi32(first[w].v, even, second[w].v);
       const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(bits, 8)), _mm512_set1_ps(0x1p-24f));
       if (!aligned) _mm512_storeu_ps(now + 16 * w, u);
       else if (4 * b + w < job.rows) _mm512_storeu_ps(out + (4 * b + w) * row, u);
     }
-    if (aligned) continue;
+    if (aligned) return;
     for (int64_t w = 0; w < 4; ++w) {
       // row r of a column with offset o is word r + o; at block b, word w is the latest that any column needs
       const int64_t r = 4 * b + w - 3;
@@ -423,6 +438,18 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
       }
       _mm512_storeu_ps(out + r * row, u);
     }
+  };
+  const int64_t blocks = (job.rows + (aligned ? 0 : 3) + 3) / 4;
+  int64_t b = 0;
+  const auto counters = [&](int64_t of, int i) { return W{_mm512_add_epi64(block[i], W::set(uint64_t(of)).v)}; };
+  for (; b + 1 < blocks; b += 2) {
+    const PhiloxBatch<4> batch({counters(b, 0), counters(b, 1), counters(b + 1, 0), counters(b + 1, 1)}, keys, job.high);
+    take(batch.words[0], batch.words[1], b);
+    take(batch.words[2], batch.words[3], b + 1);
+  }
+  if (b < blocks) {
+    const PhiloxBatch<2> batch({counters(b, 0), counters(b, 1)}, keys, job.high);
+    take(batch.words[0], batch.words[1], b);
   }
 }
 #else

@@ -40,38 +40,47 @@ struct PhiloxKeys {
   }
 };
 
-// The words of two vectors of counters. A word lives in the low half of a 64-bit lane; what the high half holds does
-// not matter, because the widening product reads the low half only. Two, because one alone waits for its products.
-struct PhiloxPair {
-  Vec::Words words[2][4];
-};
+// The words of some vectors of counters. A word lives in the low half of a 64-bit lane; what the high half holds does
+// not matter, because the widening product reads the low half only. Several, because one alone waits for its products.
+template <int Vectors>
+struct PhiloxBatch {
+  Vec::Words words[Vectors][4];
 
-inline PhiloxPair philox_pair(Vec::Words first, Vec::Words second, const PhiloxKeys& keys, const uint32_t high[2]) {
-  using W = Vec::Words;
-  const W m0 = W::set(philox_m0), m1 = W::set(philox_m1), c2 = W::set(high[0]), c3 = W::set(high[1]);
-  PhiloxPair pair = {{{first, W::high(first), c2, c3}, {second, W::high(second), c2, c3}}};
+  PhiloxBatch(const Vec::Words (&first)[Vectors], const PhiloxKeys& keys, const uint32_t high[2]) {
+    using W = Vec::Words;
+    const W m0 = W::set(philox_m0), m1 = W::set(philox_m1), c2 = W::set(high[0]), c3 = W::set(high[1]);
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i)
+      words[i][0] = first[i], words[i][1] = W::high(first[i]), words[i][2] = c2, words[i][3] = c3;
 #pragma GCC unroll 10
-  for (const auto& k : keys.round) {
-#pragma GCC unroll 2
-    for (auto& c : pair.words) {
-      const W p0 = W::product(c[0], m0), p1 = W::product(c[2], m1);
-      c[0] = W::exclusive_or(W::high(p1), c[1], W::set(k[0]));
-      c[2] = W::exclusive_or(W::high(p0), c[3], W::set(k[1]));
-      c[1] = p1;
-      c[3] = p0;
+    for (const auto& k : keys.round) {
+#pragma GCC unroll 8
+      for (auto& c : words) {
+        const W p0 = W::product(c[0], m0), p1 = W::product(c[2], m1);
+        c[0] = W::exclusive_or(W::high(p1), c[1], W::set(k[0]));
+        c[2] = W::exclusive_or(W::high(p0), c[3], W::set(k[1]));
+        c[1] = p1;
+        c[3] = p0;
+      }
     }
   }
-  return pair;
-}
+};
 
-constexpr int64_t philox_blocks_at_once = 2 * Vec::Words::counters;
+constexpr int philox_few = 2, philox_many = Vec::Words::together;  // vectors: where little is left, and otherwise
+template <int Vectors>
+constexpr int64_t philox_blocks_in = Vectors * Vec::Words::counters;
 
 // uniforms of the blocks from `block` on
+template <int Vectors>
 inline void philox_blocks(uint64_t block, const PhiloxKeys& keys, const uint32_t high[2], float* out) {
   using W = Vec::Words;
-  const PhiloxPair pair = philox_pair(W::range(block), W::range(block + W::counters), keys, high);
-  for (int i = 0; i < 2; ++i) {
-    const auto& w = pair.words[i];
+  W first[Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Vectors; ++i) first[i] = W::range(block + uint64_t(i) * W::counters);
+  const PhiloxBatch<Vectors> batch(first, keys, high);
+#pragma GCC unroll 8
+  for (int i = 0; i < Vectors; ++i) {
+    const auto& w = batch.words[i];
     W::store_uniform(out + 4 * W::counters * i, w[0], w[1], w[2], w[3]);
   }
 }
@@ -82,8 +91,9 @@ void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32
   const int64_t whole = end < count / 4 ? end : count / 4;
 #if defined(LOWBIT_VECTOR_WORDS)
   const PhiloxKeys keys(key);
-  for (; block + philox_blocks_at_once <= whole; block += philox_blocks_at_once)
-    philox_blocks(uint64_t(block), keys, high, out + 4 * block);
+  constexpr int64_t many = philox_blocks_in<philox_many>, few = philox_blocks_in<philox_few>;
+  for (; block + many <= whole; block += many) philox_blocks<philox_many>(uint64_t(block), keys, high, out + 4 * block);
+  for (; block + few <= whole; block += few) philox_blocks<philox_few>(uint64_t(block), keys, high, out + 4 * block);
 #endif
   for (; block < whole; ++block) philox_block(uint64_t(block), key, high, out + 4 * block);
   for (; block < end; ++block) {

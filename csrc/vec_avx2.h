@@ -41,6 +41,7 @@ struct Vec {
   struct Words {
     __m256i v;
     static constexpr int64_t counters = 4;
+    static constexpr int together = 2;  // vectors that Philox keeps in registers
     static Words set(uint64_t x) { return {_mm256_set1_epi64x((long long)x)}; }
     static Words range(uint64_t first) {
       return {_mm256_add_epi64(_mm256_set1_epi64x((long long)first), _mm256_setr_epi64x(0, 1, 2, 3))};

@@ -41,6 +41,7 @@ struct Vec {
   struct Words {
     __m512i v;
     static constexpr int64_t counters = 8;
+    static constexpr int together = 4;  // vectors that Philox keeps in registers
     static Words set(uint64_t x) { return {_mm512_set1_epi64((long long)x)}; }
     static Words range(uint64_t first) {
       return {_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
