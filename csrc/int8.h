@@ -87,7 +87,8 @@ struct Int8Planes {
   uint8_t* left;
 };
 
-// sums of grad_w, [part][tap][channel][column], to its result (column, channel, tap)
+// sums of grad_w, [part][tap][channel][column], to its result: (column, channel, tap), or (column, tap, channel) with
+// `out_tap` elements from tap to tap
 struct Int8GradW {
   const int32_t* sums;
   int64_t parts, part, tap, channel;  // how many parts; strides in elements
@@ -97,7 +98,9 @@ struct Int8GradW {
   const float* column_scale;          // padded to whole panels
   void* out;
   int64_t out_column;
+  int64_t out_tap;  // 0: channels have their taps side by side
   bool bfloat16;
+  bool stream;      // past the caches: float32, all that lies side by side multiples of 64 bytes
 };
 
 // Depthwise convolutions work on channels-last boxes, 16 channels at a time. Forward and grad_a are an Int8Product whose

@@ -304,43 +304,62 @@ inline void transpose_panel(const float* in, float* out, int64_t out_row) {
 #endif
 }
 
-void finish_grad_w(const Int8GradW& job) {
+// `count` results of each of up to 16 columns, from tap `tap` of channel 0 on, which lie side by side in `out`
+inline void finish_grad_w_run(const Int8GradW& job, int64_t column, const Vec::F* scale, int64_t tap, int64_t count,
+                              int64_t out) {
   constexpr int64_t most = 64;  // results of one column that are put together before they are stored
-  const int64_t count = job.channels * job.taps;
-  for (int64_t column = 0; column < job.columns; column += int8_panel) {
-    const int64_t columns = job.columns - column < int8_panel ? job.columns - column : int8_panel;
-    Vec::F scale[panel_sums];
-    for (int v = 0; v < panel_sums; ++v) scale[v] = Vec::load(job.column_scale + column + v * Vec::lanes);
-    int64_t channel = 0, tap = 0;
-    for (int64_t begin = 0; begin < count; begin += most) {
-      const int64_t n = count - begin < most ? count - begin : most;
-      float rows[most * int8_panel] = {}, real[int8_panel * most];
-      for (int64_t m = 0; m < n; ++m) {
-        const int32_t* sums = job.sums + tap * job.tap + channel * job.channel + column;
-        const Vec::F left = Vec::set(job.channel_scale[channel * job.channel_scale_step]);
-        float line[int8_panel];
-        if (job.parts > 1) {
-          int64_t total[int8_panel] = {};
-          for (int64_t p = 0; p < job.parts; ++p)
-            for (int64_t j = 0; j < int8_panel; ++j) total[j] += sums[p * job.part + j];
-          for (int64_t j = 0; j < int8_panel; ++j) line[j] = float(total[j]);
-        }
-        for (int v = 0; v < panel_sums; ++v) {
-          const Vec::F x = job.parts > 1 ? Vec::load(line + v * Vec::lanes)
-                                         : Dot::real(Dot::load_sums(sums + v * Vec::lanes));
-          Vec::store(rows + m * int8_panel + v * Vec::lanes, Vec::mul(x, Vec::mul(left, scale[v])));
-        }
-        if (++tap == job.taps) tap = 0, ++channel;
+  const int64_t columns = job.columns - column < int8_panel ? job.columns - column : int8_panel;
+  int64_t channel = 0;
+  for (int64_t begin = 0; begin < count; begin += most) {
+    const int64_t n = count - begin < most ? count - begin : most;
+    float rows[most * int8_panel] = {}, real[int8_panel * most];
+    for (int64_t m = 0; m < n; ++m) {
+      const int32_t* sums = job.sums + tap * job.tap + channel * job.channel + column;
+      const Vec::F left = Vec::set(job.channel_scale[channel * job.channel_scale_step]);
+      float line[int8_panel];
+      if (job.parts > 1) {
+        int64_t total[int8_panel] = {};
+        for (int64_t p = 0; p < job.parts; ++p)
+          for (int64_t j = 0; j < int8_panel; ++j) total[j] += sums[p * job.part + j];
+        for (int64_t j = 0; j < int8_panel; ++j) line[j] = float(total[j]);
       }
-      for (int64_t m = 0; m < n; m += int8_panel) transpose_panel(rows + m * int8_panel, real + m, most);
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t at = (column + j) * job.out_column + begin;
-        if (!job.bfloat16) memcpy((float*)job.out + at, real + j * most, size_t(n) * sizeof(float));
-        else
-          for (int64_t m = 0; m < n; ++m) ((uint16_t*)job.out)[at + m] = bfloat16_bits(real[j * most + m]);
+      for (int v = 0; v < panel_sums; ++v) {
+        const Vec::F x = job.parts > 1 ? Vec::load(line + v * Vec::lanes)
+                                       : Dot::real(Dot::load_sums(sums + v * Vec::lanes));
+        Vec::store(rows + m * int8_panel + v * Vec::lanes, Vec::mul(x, Vec::mul(left, scale[v])));
       }
+      if (job.out_tap != 0) ++channel;
+      else if (++tap == job.taps) tap = 0, ++channel;
+    }
+    for (int64_t m = 0; m < n; m += int8_panel) transpose_panel(rows + m * int8_panel, real + m, most);
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t at = (column + j) * job.out_column + out + begin;
+#if defined(__AVX512F__)
+      if (job.stream) {
+        for (int64_t m = 0; m < n; m += 16)
+          _mm512_stream_ps((float*)job.out + at + m, _mm512_loadu_ps(real + j * most + m));
+        continue;
+      }
+#endif
+      if (!job.bfloat16) memcpy((float*)job.out + at, real + j * most, size_t(n) * sizeof(float));
+      else
+        for (int64_t m = 0; m < n; ++m) ((uint16_t*)job.out)[at + m] = bfloat16_bits(real[j * most + m]);
     }
   }
+}
+
+void finish_grad_w(const Int8GradW& job) {
+  for (int64_t column = 0; column < job.columns; column += int8_panel) {
+    Vec::F scale[panel_sums];
+    for (int v = 0; v < panel_sums; ++v) scale[v] = Vec::load(job.column_scale + column + v * Vec::lanes);
+    if (job.out_tap == 0) finish_grad_w_run(job, column, scale, 0, job.channels * job.taps, 0);
+    else
+      for (int64_t tap = 0; tap < job.taps; ++tap)
+        finish_grad_w_run(job, column, scale, tap, job.channels, tap * job.out_tap);
+  }
+#if defined(__AVX512F__)
+  if (job.stream) _mm_sfence();
+#endif
 }
 
 }  // namespace

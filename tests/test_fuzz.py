@@ -317,7 +317,7 @@ def _(r: Draw) -> tuple[Any, ...]:
 def _(r: Draw) -> tuple[Any, ...]:
     c = Convolution(r)
     scale_e, scale_x = scales(r, c.y[1]), scales(r, c.x[1])
-    return r.codes(*c.y), r.codes(*c.x), scale_e, scale_x, c.w, *c.geometry, output(r)
+    return r.codes(*c.y), r.codes(*c.x), scale_e, scale_x, c.w, *c.geometry, output(r), r.chance(0.5)
 
 
 def blocks(r: Draw, shape: list[int]) -> tuple[list[int], int]:

@@ -206,6 +206,35 @@ def test_fused_optimizers_change_weights_too(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(model(x), model(x)) and looked
 
 
+def test_one_look_at_a_weight_serves_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lowbit.apply(nn.Sequential(nn.Linear(16, 8)), lowbit.create("int8", accumulate="int32"))
+    looked, quantizers = [], sys.modules["lowbit.quantizer"]
+    original = quantizers.fingerprint
+    monkeypatch.setattr(quantizers, "fingerprint", lambda w: looked.append(1) or original(w))
+    x = torch.randn(4, 16, requires_grad=True)
+    for _ in range(6):
+        model(x).sum().backward()
+    assert len(looked) == 6  # none at the first use, one for each encoding at the second, then one for both
+    x.grad = None
+    y = model(x).sum()
+    model[0].weight.data.zero_()  # the backward pass is that of the weight as it was
+    y.backward()
+    assert x.grad is not None and x.grad.any()
+    x.grad = None
+    model(x).sum().backward()
+    assert not x.grad.any()
+
+
+def test_gradients_of_kernels_lie_as_their_weights_do() -> None:
+    for order in (torch.contiguous_format, torch.channels_last):
+        conv = nn.Conv2d(32, 16, 3, padding=1).to(memory_format=order)
+        layer = lowbit.apply(nn.Sequential(conv), lowbit.create("int8", accumulate="int32"))[0]
+        given: list[Tensor] = []
+        layer.weight.register_hook(given.append)  # what autograd gets, before it would lay it out anew
+        layer(torch.randn(2, 32, 8, 8).to(memory_format=order)).sum().backward()
+        assert given[0].stride() == layer.weight.stride()
+
+
 def test_a_result_that_the_caller_changes_is_not_kept() -> None:
     q, w = lowbit.quantizer("twn", "W"), nn.Parameter(torch.randn(6, 5))
     with torch.no_grad():

@@ -194,7 +194,7 @@ def integer_product(
         return kernels.int8_conv(a, b, a_scale, b_scale, bias, *geometry)
     if which == "grad_a":
         return kernels.int8_conv_grad_a(a, b, a_scale, b_scale, ops.a_shape, *geometry)
-    return kernels.int8_conv_grad_w(a, b, a_scale, b_scale, ops.w_shape, *geometry)
+    return kernels.int8_conv_grad_w(a, b, a_scale, b_scale, ops.w_shape, *geometry, ops.channels_last)
 
 
 def _transposed(

@@ -308,6 +308,8 @@ class Run:
         self, flow: Flow, ops: ProductOps, roles: dict[str, Quantizer | None], coded: dict[str, Coded | None]
     ) -> None:
         self.flow, self.ops, self.roles, self.coded = flow, ops, roles, coded
+        self.seen: list[int] = []
+        """The fingerprint of the weight in the forward pass, if one was taken."""
 
     plan: Plan
     """In an integer execution: how each product runs."""
@@ -402,7 +404,7 @@ class Run:
         if self.codes_w is not None:
             return self.codes_w
         q, key, _ = self.operand_quantizer(which, "right", keys)
-        return q.weight_integers(w, key)
+        return q.weight_integers(w, key, self.seen)
 
     def raw_needed(self, which: str, side: str) -> bool:
         return self.flow.overrides[which, side] is not None
@@ -524,7 +526,9 @@ class _QConv(Quantized):
             padding = (0,) * len(self.stride)
         elif isinstance(padding, str):
             x, padding = self._string_padding(x)
-        ops = ConvProduct(x.shape, self.weight.shape, self.stride, padding, self.dilation, self.groups)
+        w = self.weight
+        last = w.dim() == 4 and not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
+        ops = ConvProduct(x.shape, w.shape, self.stride, padding, self.dilation, self.groups, last)
         bias = None if self.bias is None else self.bias.reshape(1, -1, *[1] * len(self.stride))
         y = self.quant(ops, x, self.weight, bias)
         return y if batched else y.squeeze(0)

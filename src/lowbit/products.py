@@ -119,6 +119,8 @@ class ConvProduct:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    channels_last: bool = False
+    """Whether the weight lies so: autograd copies a gradient of its own that does not lie as the weight does."""
 
     def out(self, a: Tensor, w: Tensor, mm: MM | None = None) -> Tensor:
         if mm is None:

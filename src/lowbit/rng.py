@@ -55,6 +55,9 @@ def uniform(
     return uniform_op(key, list(shape))
 
 
+_ONE_STEP = torch.tensor([0, 0, 1])
+
+
 class Stream(torch.nn.Module):
     """The random state of one slot: a buffer `key` = (seed, stream, step), int64 of shape (3,).
 
@@ -113,9 +116,10 @@ class Stream(torch.nn.Module):
             key, following = next_key(self.key)
             self.key.copy_(following)
         else:
-            key = self.key.clone()
-            self.key[2].add_(1)
+            key = self.key  # handed out, and a new one in its place: one operator instead of three
+            self._buffers["key"] = key + (_ONE_STEP if key.device.type == "cpu" else _ONE_STEP.to(key.device))
         if rank:
+            key = key.clone()
             key[0] += _int64(rank * RANK_STRIDE)
         return key
 

@@ -107,7 +107,7 @@ def test_definitions_by_hand() -> None:
     e = torch.tensor([[[[2]]]], dtype=torch.int8)
     grad_a = GRAD_A(e, w, one, one, [1, 1, 2, 2], [1, 1], [0, 0], [1, 1], 1, torch.float32)
     assert grad_a.flatten().tolist() == [2, 20, 200, -2]
-    grad_w = GRAD_W(e, x, one, one, [1, 1, 2, 2], [1, 1], [0, 0], [1, 1], 1, torch.float32)
+    grad_w = GRAD_W(e, x, one, one, [1, 1, 2, 2], [1, 1], [0, 0], [1, 1], 1, torch.float32, False)
     assert grad_w.flatten().tolist() == [2, 4, 6, 8]
 
 
@@ -125,7 +125,8 @@ def test_definitions_equal_the_products_of_a_layer() -> None:
         real = ops.grad_a(e * sample, w * i.double().reshape(1, -1, 1, 1))
         assert torch.allclose(GRAD_A(e, w, n, i, g.a_shape, *g.arguments, torch.float32).double(), real, rtol=1e-6)
         real = ops.grad_w(e * o.double().reshape(1, -1, 1, 1), x * c.double().reshape(1, -1, 1, 1))
-        assert torch.allclose(GRAD_W(e, x, o, c, g.w_shape, *g.arguments, torch.float32).double(), real, rtol=1e-6)
+        grad_w = GRAD_W(e, x, o, c, g.w_shape, *g.arguments, torch.float32, False)
+        assert torch.allclose(grad_w.double(), real, rtol=1e-6)
 
 
 MATMUL_SIZES = [1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 130]
@@ -189,9 +190,10 @@ def test_conv_grad_w_equals_the_definition(isa: str) -> None:
         e, x = strided(codes(*g.e_shape, extreme=trial % 5 == 0), rng), strided(codes(*g.a_shape), rng)
         e_scale, x_scale = scales(rng.choice([1, g.o])), scales(rng.choice([1, g.c]))
         dtype = rng.choice([torch.float32, torch.bfloat16])
-        out = int8_conv_grad_w(e, x, e_scale, x_scale, g.w_shape, *g.arguments, dtype)
-        assert same(out, GRAD_W(e, x, e_scale, x_scale, g.w_shape, *g.arguments, dtype)), vars(g)
-        assert out.is_contiguous()
+        last = rng.random() < 0.5
+        out = int8_conv_grad_w(e, x, e_scale, x_scale, g.w_shape, *g.arguments, dtype, last)
+        assert same(out, GRAD_W(e, x, e_scale, x_scale, g.w_shape, *g.arguments, dtype, last)), vars(g)
+        assert out.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 # n, in, out, size, kernel, stride, padding, groups: sizes at which blocks, pieces of sums and several panels appear
@@ -220,8 +222,9 @@ def test_large_convolutions_equal_the_definition(isa: str, size: tuple[int, ...]
     assert same(int8_conv(x, w, one, one, None, *g.arguments), CONV(x, w, one, one, None, *g.arguments, f32))
     out = int8_conv_grad_a(e, w, one, one, g.a_shape, *g.arguments)
     assert same(out, GRAD_A(e, w, one, one, g.a_shape, *g.arguments, f32))
-    out = int8_conv_grad_w(e, x, one, one, g.w_shape, *g.arguments)
-    assert same(out, GRAD_W(e, x, one, one, g.w_shape, *g.arguments, f32))
+    for last in (False, True):
+        out = int8_conv_grad_w(e, x, one, one, g.w_shape, *g.arguments, f32, last)
+        assert same(out, GRAD_W(e, x, one, one, g.w_shape, *g.arguments, f32, last))
 
 
 @compiled
@@ -309,7 +312,7 @@ def test_opcheck() -> None:
         (ops.int8_matmul.default, (codes(4, 3).t(), codes(4, 5), one, scales(5), None, torch.bfloat16)),
         (ops.int8_conv.default, (x, w, one, scales(6), torch.randn(6), *geometry, torch.bfloat16)),
         (ops.int8_conv_grad_a.default, (e, w, scales(2), scales(2), x.shape, *geometry, f32)),
-        (ops.int8_conv_grad_w.default, (e, x, scales(6), scales(4), w.shape, *geometry, f32)),
+        (ops.int8_conv_grad_w.default, (e, x, scales(6), scales(4), w.shape, *geometry, f32, True)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils=tests)

@@ -63,6 +63,7 @@ def _conv_grad_a(e: Tensor, w: Tensor, e_scale: Tensor, w_scale: Tensor, a_shape
 
 
 def _conv_grad_w(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape: Sequence[int], *how: Any) -> Tensor:
+    *how, channels_last = how  # type: ignore[assignment]
     _check_grad_w(e, x, e_scale, x_scale, w_shape, *how)
     stride, padding, dilation, groups, dtype = how
     total = e.new_zeros(list(w_shape), dtype=torch.float64)
@@ -75,7 +76,8 @@ def _conv_grad_w(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape
     if len(x_scale) != 1:  # input channel c / groups of group g meets the output channels of group g
         per_group = x_scale.reshape(groups, 1, -1).expand(-1, w_shape[0] // groups, -1)
         right = per_group.reshape(w_shape[0], w_shape[1], 1, 1)
-    return _finish(total, e_scale.reshape(-1, 1, 1, 1), right, None, dtype).contiguous()
+    result = _finish(total, e_scale.reshape(-1, 1, 1, 1), right, None, dtype)
+    return _channels_last(result) if channels_last else result.contiguous()
 
 
 def _real(codes: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ _int8_conv_grad_a = Operator(
 _int8_conv_grad_w = Operator(
     "lowbit::int8_conv_grad_w",
     _conv_grad_w,
-    f"(Tensor e, Tensor x, Tensor e_scale, Tensor x_scale, SymInt[] w_shape, {_HOW}) -> Tensor",
+    f"(Tensor e, Tensor x, Tensor e_scale, Tensor x_scale, SymInt[] w_shape, {_HOW}, bool channels_last) -> Tensor",
 )
 
 
@@ -130,8 +132,10 @@ def _(e: Tensor, w: Tensor, e_scale: Tensor, w_scale: Tensor, a_shape: Sequence[
 
 @_int8_conv_grad_w.register_fake
 def _(e: Tensor, x: Tensor, e_scale: Tensor, x_scale: Tensor, w_shape: Sequence[int], *how: Any) -> Tensor:
+    *how, channels_last = how  # type: ignore[assignment]
     _check_grad_w(e, x, e_scale, x_scale, w_shape, *how)
-    return e.new_empty(w_shape, dtype=how[-1])
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(w_shape, dtype=how[-1], device=e.device, memory_format=order)
 
 
 declare("lowbit::int8_matmul", _matmul, {"cpu": "C++"})
@@ -214,15 +218,17 @@ def int8_conv_grad_w(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
 ) -> Tensor:
-    """The convolution's gradient for its weight of shape `w_shape`; `e_scale (O,)`, `x_scale (C,)`, either may be (1,).
+    """The convolution's gradient for its weight of shape `w_shape`, contiguous or channels-last in memory;
+    `e_scale (O,)`, `x_scale (C,)`, either may be (1,).
 
     Raises:
         TypeError, ValueError: as `int8_matmul`.
     """
     _check_grad_w(e, x, e_scale, x_scale, w_shape, stride, padding, dilation, groups, dtype)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return torch.ops.lowbit.int8_conv_grad_w(e, x, e_scale, x_scale, list(w_shape), *geometry, dtype)
+    return torch.ops.lowbit.int8_conv_grad_w(e, x, e_scale, x_scale, list(w_shape), *geometry, dtype, channels_last)
 
 
 def _check_codes(op: str, dims: int, dtype: torch.dtype, **codes: Tensor) -> None:
