@@ -161,6 +161,10 @@ def _on_raw(layer: LayerQuant, which: str) -> bool:
     )
 
 
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def integer_product(
     ops: ProductOps, which: str, left: Codes, right: Codes, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -169,13 +173,13 @@ def integer_product(
     (a, a_scale), (b, b_scale), to = left, right, dtype or torch.float32
     if isinstance(ops, LinearProduct):
         if which == "grad_w":
-            rows, columns = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+            rows, columns = _matrix(a), _matrix(b)
             if ops.transposed:
                 rows, columns, a_scale, b_scale = columns, rows, b_scale, a_scale
             return kernels.int8_matmul(rows.t(), columns, a_scale, b_scale, None, to)
         w = b if (which == "out") == ops.transposed else b.t()
-        y = kernels.int8_matmul(a.reshape(-1, a.shape[-1]), w, a_scale, b_scale, bias, to)
-        return y.reshape(*a.shape[:-1], y.shape[-1])
+        y = kernels.int8_matmul(_matrix(a), w, a_scale, b_scale, bias, to)
+        return y if a.dim() == 2 else y.reshape(*a.shape[:-1], y.shape[-1])
     if isinstance(ops, ConvTransposeProduct):
         return _transposed(ops, which, left, right, bias, to)
     assert isinstance(ops, ConvProduct)
@@ -225,7 +229,7 @@ class IntegerProduct(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, run: Run, *keys: Tensor | None) -> Tensor:
         by_slot = run.by_slot(keys)
         codes_a, kept = run.activation(a, by_slot)
-        flat = None if bias is None else bias.reshape(-1)
+        flat = bias if bias is None or bias.dim() == 1 else bias.reshape(-1)
         y = integer_product(run.ops, "out", codes_a, run.weight_codes("out", w, by_slot), flat, run.dtype)
         ctx.run, ctx.count, ctx.bias, ctx.dtype = run, len(keys), None if bias is None else bias.shape, a.dtype
         raw = a if run.plan.get("grad_w", "codes") != "codes" else None

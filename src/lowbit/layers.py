@@ -237,13 +237,12 @@ class LayerQuant(nn.Module):
         if state not in flow.plans:
             flow.plans[state] = plan(self, w.dim(), needed, device)
         products = flow.plans[state]
-        if products is None or any(q.watch is not None for q in self.slots.values()):  # type: ignore[union-attr]
+        if products is None or any([q.watch is not None for q in flow.quantizers]):
             return None
         run = Run(flow, ops, flow.coding, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
         run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, recording
-        quant_a, quant_w = flow.coding["A"], flow.coding["W"]
-        run.role_keys = {r: None if q is None else q.key(t) for r, q, t in (("A", quant_a, a), ("W", quant_w, stored))}
+        run.role_keys = {r: q.key(stored if r == "W" else a) for r, q in flow.drawing}
         return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
 
     def _stored_codes(self, shape: torch.Size) -> Codes:
@@ -288,6 +287,9 @@ class Flow:
         self.samples = products.grad_w.samples
         self.plain = self.error is None and not any(self.overrides.values())
         """Whether the backward pass is a function that autograd may differentiate again."""
+        self.drawing = [(r, q) for r in "AW" if (q := self.coding[r]) is not None and q.spec.stochastic]
+        """The roles of an integer execution's operands that may draw in the forward pass."""
+        self.quantizers: list[Quantizer] = list(layer.slots.values())  # type: ignore[arg-type]
         self.plans: dict[tuple[Any, ...], Plan | None] = {}
         # one key for E, one for each override, one more for each further sample of grad_w
         left = self.overrides["grad_w", "left"]
@@ -316,7 +318,7 @@ class Run:
     dtype: torch.dtype
     """Type of its result."""
     role_keys: dict[str, Tensor | None]
-    """Random keys of the roles A and W in it."""
+    """Random keys of the roles A and W in it, where they draw."""
     codes_w: Codes | None
     """The weight's codes, where it was loaded from codes."""
     recording: bool
@@ -345,7 +347,7 @@ class Run:
         role = OPERANDS[which][side == "right"]
         q = self.roles[role]
         assert q is not None
-        return q, keys["E"] if role == "E" else self.role_keys[role], True
+        return q, keys["E"] if role == "E" else self.role_keys.get(role), True
 
     def codes(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
         """int8 codes of one operand, of its override or its role."""
@@ -397,7 +399,7 @@ class Run:
         q = self.roles[role]
         if override is not None or q is None or (role == "W" and self.codes_w is not None):
             return x
-        return q.quantize(x, keys["E"] if role == "E" else self.role_keys[role])
+        return q.quantize(x, keys["E"] if role == "E" else self.role_keys.get(role))
 
     def weight_codes(self, which: str, w: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
         """int8 codes of the weight as the right operand of a product."""

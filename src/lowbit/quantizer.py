@@ -102,12 +102,13 @@ def integers_twice(
 
 
 def _cast_absmax(x: Tensor, key: Tensor | None, found: tuple[Any, ...], result: str) -> tuple[Tensor, Tensor]:
-    """Codes or values of `x` and the scales `(blocks,)` in one call; `found` comes from `Quantizer._cast`."""
+    """Codes or values in the shape of `x` and the scales `(blocks,)` in one call; `found` comes from
+    `Quantizer._cast`."""
     view, strides, count, denominator, arguments, mode = found
-    shaped = x if len(view) == x.dim() else x.reshape(view)
-    return torch.ops.lowbit.cast_absmax(  # type: ignore[no-any-return]
-        shaped, key, strides, count, denominator, *arguments, mode, result
-    )
+    flat = len(view) == x.dim()
+    shaped = x if flat else x.reshape(view)
+    codes, scale = torch.ops.lowbit.cast_absmax(shaped, key, strides, count, denominator, *arguments, mode, result)
+    return codes if flat else codes.reshape(x.shape), scale
 
 
 def _coded(s: Scaling, grid: Tensor | Callable[[], Tensor]) -> Coded:
@@ -324,8 +325,7 @@ class Quantizer(nn.Module):
         `x` is not."""
         x = x.detach()
         if found := self._cast(x, key):
-            codes, scale = _cast_absmax(x, key, found, "codes")
-            return codes.reshape(x.shape), scale
+            return _cast_absmax(x, key, found, "codes")
         b, mode = Blocked(self._enter(x, None), self.spec.blocks, self.layout), self.mode(key is not None)
         if b.strides is not None and b.dtype == torch.float32:
             s = self.scaling(b)
