@@ -287,7 +287,7 @@ class Flow:
         self.samples = products.grad_w.samples
         self.plain = self.error is None and not any(self.overrides.values())
         """Whether the backward pass is a function that autograd may differentiate again."""
-        self.drawing = [(r, q) for r in "AW" if (q := self.coding[r]) is not None and q.spec.stochastic]
+        self.drawing = [(r, q) for r, q in self.coding.items() if r != "E" and q is not None and q.spec.stochastic]
         """The roles of an integer execution's operands that may draw in the forward pass."""
         self.quantizers: list[Quantizer] = list(layer.slots.values())  # type: ignore[arg-type]
         self.plans: dict[tuple[Any, ...], Plan | None] = {}
