@@ -139,12 +139,13 @@ def test_the_profile_names_operators():
 
 def test_limits():
     cases = explain.limits(QUICK)
-    assert [c["unit"] for c in cases] == ["Gop/s"] * 4 + ["GB/s"] and all(c["rate"] > 0 for c in cases)
+    assert [c["unit"] for c in cases] == ["Gop/s"] * 4 + ["GB/s"] * 3 and all(c["rate"] > 0 for c in cases)
 
 
 @pytest.mark.parametrize("row", ["resnet20", "conv"])
 def test_image_rows(row):
-    assert {c["case"].partition(",")[0] for c in speed.ROWS[row][1](QUICK)} == {"int8", "float32", "bfloat16"}
+    found = {c["case"].partition(",")[0] for c in speed.ROWS[row][1](QUICK)}
+    assert found - {"the bytes that int8 moves"} == {"int8", "float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("row", [r for r in ("cast", "binary", "packed") if r in speed.ROWS])

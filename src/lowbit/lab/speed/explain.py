@@ -24,21 +24,25 @@ def limits(s: Settings) -> list[Case]:
     out = torch.empty_like(a)
     large = torch.randn(1 << (16 if s.quick else 25))
     into = torch.empty_like(large)
-    calls: dict[str, Callable[[], Any]] = {
-        f"float32 mm, {n}^3": lambda: torch.mm(a, b, out=out),
-        f"float32 as oneDNN's 1x1 convolution, {n}^3": lambda: torch.conv2d(image, weight),
-        f"bfloat16 mm, {n}^3": lambda: half[0] @ half[1],
-        f"int8 mm with int32 sums, {n}^3": lambda: torch._int_mm(*codes),
-        f"copy of {large.nbytes >> 20} MiB": lambda: into.copy_(large),
+    size, product = f"{large.nbytes >> 20} MiB", (2 * n**3, "Gop/s")
+    # each with what it makes or moves, and in what unit that is told
+    calls: dict[str, tuple[Callable[[], Any], tuple[int, str]]] = {
+        f"float32 mm, {n}^3": (lambda: torch.mm(a, b, out=out), product),
+        f"float32 as oneDNN's 1x1 convolution, {n}^3": (lambda: torch.conv2d(image, weight), product),
+        f"bfloat16 mm, {n}^3": (lambda: half[0] @ half[1], product),
+        f"int8 mm with int32 sums, {n}^3": (lambda: torch._int_mm(*codes), product),
+        f"read of {size}": (large.sum, (large.nbytes, "GB/s")),
+        f"write of {size}": (lambda: into.fill_(1.0), (large.nbytes, "GB/s")),
+        f"copy of {size}, both ways": (lambda: into.copy_(large), (2 * large.nbytes, "GB/s")),
     }
     s.tell("limits")
-    times = times_in_turn(calls, 2 if s.quick else 15, 8.0)
+    times = times_in_turn({name: call for name, (call, _) in calls.items()}, 2 if s.quick else 15, 8.0)
     cases = []
     for name, own in times.items():
-        seconds = statistics.median(own)
-        copied = name.startswith("copy")
-        rate, unit = (2 * large.nbytes / seconds, "GB/s") if copied else (2 * n**3 / seconds, "Gop/s")
-        cases.append({"what": "machine", "case": name, "ms": 1000 * seconds, "rate": rate / 1e9, "unit": unit})
+        seconds, (amount, unit) = statistics.median(own), calls[name][1]
+        cases.append(
+            {"what": "machine", "case": name, "ms": 1000 * seconds, "rate": amount / seconds / 1e9, "unit": unit}
+        )
     return cases
 
 

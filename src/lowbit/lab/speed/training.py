@@ -176,6 +176,36 @@ def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int) ->
     return calls
 
 
+def moving_bytes(a: Tensor, y: Tensor) -> Callable[[], None]:
+    """The reads and writes that an int8 layer from `a` to `y` can't do without, forward and backward, and nothing else,
+    by PyTorch's own `sum` and `fill_`: input and error are read twice, for their scales and for their codes, both codes
+    of each are written and read, and the result and the gradient of the input are written."""
+
+    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(x.numel() // 4), torch.zeros(x.numel() // 4)  # as many bytes
+
+    a, result, error, gradient = (
+        torch.randn(a.numel()),
+        torch.randn(y.numel()),
+        torch.randn(y.numel()),
+        torch.randn(a.numel()),
+    )
+    forward_a, backward_a, forward_e, backward_e = *codes(a), *codes(error)
+
+    def encode(x: Tensor, one: Tensor, other: Tensor) -> None:
+        x.sum(), x.sum()
+        one.fill_(0.0), other.fill_(0.0)
+
+    def step() -> None:
+        encode(a, forward_a, backward_a)
+        forward_a.sum(), result.fill_(0.0)
+        encode(error, forward_e, backward_e)
+        forward_e.sum(), gradient.fill_(0.0)
+        backward_e.sum(), backward_a.sum()
+
+    return step
+
+
 CONV = (
     (64, 64, 56, 3),
     (128, 128, 28, 3),
@@ -192,7 +222,10 @@ CONV = (
 def conv(s: Settings) -> list[Case]:
     cases = []
     for inputs, outputs, size, kernel in ((8, 8, 8, 3),) if s.quick else CONV:
-        calls = conv_calls(2 if s.quick else 16, inputs, outputs, size, kernel)
+        batch = 2 if s.quick else 16
+        calls = conv_calls(batch, inputs, outputs, size, kernel)
+        ends = (torch.empty(batch, channels, size, size) for channels in (inputs, outputs))
+        calls["the bytes that int8 moves, alone", ""] = moving_bytes(*ends)
         cases += s.run(f"{kernel}x{kernel}, {inputs} to {outputs}, {size}x{size}", calls, TARGETS["conv"])
     return cases
 
