@@ -104,6 +104,21 @@ def test_keys_advance_and_are_copies():
     assert Stream(5, "fc").key.tolist() == [5, stream_id("fc"), 0]
 
 
+def test_a_caller_who_brings_the_buffers_finds_them_moved_on():
+    class Drawing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stream = Stream(1, "a")
+
+        def forward(self):
+            return self.stream.next()
+
+    model = Drawing()
+    own = {"stream.key": model.stream.key.clone()}
+    steps = [int(torch.func.functional_call(model, own, ())[2]) for _ in range(3)]
+    assert steps == [0, 1, 2] and own["stream.key"][2] == 3 and model.stream.key[2] == 0
+
+
 def test_ranks_differ_in_the_seed_only():
     keys = [Stream(5, 9).next(rank) for rank in range(4)]
     assert keys[0].tolist() == [5, 9, 0]

@@ -116,10 +116,10 @@ class Stream(torch.nn.Module):
             key, following = next_key(self.key)
             self.key.copy_(following)
         else:
-            key = self.key  # handed out, and a new one in its place: one operator instead of three
-            self._buffers["key"] = key + (_ONE_STEP if key.device.type == "cpu" else _ONE_STEP.to(key.device))
+            key = self.key.clone()
+            # in place: who calls the model with buffers of his own (torch.func.functional_call) finds them moved on
+            self.key.add_(_ONE_STEP if key.device.type == "cpu" else _ONE_STEP.to(key.device))
         if rank:
-            key = key.clone()
             key[0] += _int64(rank * RANK_STRIDE)
         return key
 
