@@ -25,10 +25,11 @@ namespace {
 #if defined(__AVX512BW__)
 struct Words {
   static constexpr int64_t lanes = 8;
-  static constexpr int rows = 4;  // of a tile, with two vectors of columns
 #if defined(__AVX512VPOPCNTDQ__)
+  static constexpr int rows = 8;      // of a tile, with two vectors of columns
   static constexpr int64_t unit = 2;  // words that are counted together
 #else
+  static constexpr int rows = 4;
   static constexpr int64_t unit = 4;
 #endif
   typedef __m512i V;
