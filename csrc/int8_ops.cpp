@@ -661,14 +661,14 @@ void depthwise_grad_w(const Int8Kernels& kernels, const Geometry& g, const Image
 // sum runs along the rows of e, the segments. Many rows of e make a block that fits the cache.
 Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale, const Tensor& x_scale,
                         std::vector<int64_t> w_shape, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                        std::vector<int64_t> dilation, int64_t groups, ScalarType dtype, bool by_taps) {
+                        std::vector<int64_t> dilation, int64_t groups, ScalarType dtype, bool is_channels_last) {
   const Int8Kernels& kernels = lowbit::kernels().int8;
   const bool bfloat16 = check_dtype(dtype);
   check_codes(x, 4);
   const Geometry g = geometry(shape_of(x), w_shape, stride, padding, dilation, groups);
   check_error(e, g);
   check_vector(e_scale, g.filters, true, "e_scale"), check_vector(x_scale, g.channels, true, "x_scale");
-  Tensor out = by_taps ? channels_last(w_shape[0], w_shape[1], w_shape[2], w_shape[3], dtype)
+  Tensor out = is_channels_last ? channels_last(w_shape[0], w_shape[1], w_shape[2], w_shape[3], dtype)
                        : torch::stable::empty({w_shape.data(), w_shape.size()}, dtype);
   if (out.numel() == 0) return out;
   if (depthwise(g)) {
@@ -741,11 +741,12 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     job.taps = taps, job.channels = count, job.columns = columns;
     job.channel_scale = left_scales + (group * channels + channel) * left_step, job.channel_scale_step = left_step;
     job.column_scale = scales + group * padded + column;
-    job.out_column = channels * taps, job.out_tap = by_taps ? channels : 0, job.bfloat16 = bfloat16;
-    const int64_t at = (group * filters + column) * channels * taps + channel * (by_taps ? 1 : taps);
+    job.out_column = channels * taps, job.out_tap = is_channels_last ? channels : 0, job.bfloat16 = bfloat16;
+    const int64_t apart = is_channels_last ? 1 : taps;  // elements from a channel to the next
+    const int64_t at = (group * filters + column) * channels * taps + channel * apart;
     job.out = static_cast<uint8_t*>(out_data) + at * (bfloat16 ? 2 : 4);
-    const int64_t beside = count * (by_taps ? 1 : taps), line = int8_panel;  // in floats
-    job.stream = whole_lines(out, channels * (by_taps ? 1 : taps), streamed_matrix) && at % line == 0 && beside % line == 0;
+    constexpr int64_t line = int8_panel;  // floats in a cache line
+    job.stream = whole_lines(out, channels * apart, streamed_matrix) && at % line == 0 && count * apart % line == 0;
     kernels.finish_grad_w(job);
   };
 

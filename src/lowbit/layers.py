@@ -242,7 +242,7 @@ class LayerQuant(nn.Module):
         run = Run(flow, ops, flow.coding, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
         run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, recording
-        run.role_keys = {r: q.key(stored if r == "W" else a) for r, q in flow.drawing}
+        run.role_keys = {r: q.key(stored if r == "W" else a) for r, q in flow.forward_draws}
         return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
 
     def _stored_codes(self, shape: torch.Size) -> Codes:
@@ -287,7 +287,9 @@ class Flow:
         self.samples = products.grad_w.samples
         self.plain = self.error is None and not any(self.overrides.values())
         """Whether the backward pass is a function that autograd may differentiate again."""
-        self.drawing = [(r, q) for r, q in self.coding.items() if r != "E" and q is not None and q.spec.stochastic]
+        self.forward_draws = [
+            (r, q) for r, q in self.coding.items() if r != "E" and q is not None and q.spec.stochastic
+        ]
         """The roles of an integer execution's operands that may draw in the forward pass."""
         self.quantizers: list[Quantizer] = list(layer.slots.values())  # type: ignore[arg-type]
         self.plans: dict[tuple[Any, ...], Plan | None] = {}

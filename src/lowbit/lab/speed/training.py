@@ -176,21 +176,13 @@ def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int) ->
     return calls
 
 
-def moving_bytes(a: Tensor, y: Tensor) -> Callable[[], None]:
-    """The reads and writes that an int8 layer from `a` to `y` can't do without, forward and backward, and nothing else,
-    by PyTorch's own `sum` and `fill_`: input and error are read twice, for their scales and for their codes, both codes
-    of each are written and read, and the result and the gradient of the input are written."""
-
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros(x.numel() // 4), torch.zeros(x.numel() // 4)  # as many bytes
-
-    a, result, error, gradient = (
-        torch.randn(a.numel()),
-        torch.randn(y.numel()),
-        torch.randn(y.numel()),
-        torch.randn(a.numel()),
-    )
-    forward_a, backward_a, forward_e, backward_e = *codes(a), *codes(error)
+def moving_bytes(inputs: int, outputs: int) -> Callable[[], None]:
+    """The reads and writes that an int8 layer from so many numbers to so many can't do without, forward and backward,
+    and nothing else, by PyTorch's own `sum` and `fill_`: input and error are read twice, for their scales and for their
+    codes, both codes of each are written and read, and the result and the gradient of the input are written."""
+    a, gradient, result, error = (torch.randn(n) for n in (inputs, inputs, outputs, outputs))
+    # codes, a quarter of the bytes
+    forward_a, backward_a, forward_e, backward_e = (torch.zeros(n // 4) for n in (inputs, inputs, outputs, outputs))
 
     def encode(x: Tensor, one: Tensor, other: Tensor) -> None:
         x.sum(), x.sum()
@@ -224,8 +216,8 @@ def conv(s: Settings) -> list[Case]:
     for inputs, outputs, size, kernel in ((8, 8, 8, 3),) if s.quick else CONV:
         batch = 2 if s.quick else 16
         calls = conv_calls(batch, inputs, outputs, size, kernel)
-        ends = (torch.empty(batch, channels, size, size) for channels in (inputs, outputs))
-        calls["the bytes that int8 moves, alone", ""] = moving_bytes(*ends)
+        pixels = batch * size**2
+        calls["the bytes that int8 moves, alone", ""] = moving_bytes(pixels * inputs, pixels * outputs)
         cases += s.run(f"{kernel}x{kernel}, {inputs} to {outputs}, {size}x{size}", calls, TARGETS["conv"])
     return cases
 
