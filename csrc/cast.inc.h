@@ -40,6 +40,10 @@ struct Lanes {
   static F set(float x) { return _mm512_set1_ps(x); }
   static I set(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // the ceiling of x - u: as no integer lies between, also of x - u rounded upward
+  static F stochastic(F x, F u) {
+    return _mm512_roundscale_ps(less_uniform(x, u), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  }
   static F truncate(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
   static F half_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F smaller(F a, F b) { return _mm512_min_ps(a, b); }  // b where one is NaN
@@ -82,10 +86,10 @@ struct Lanes {
   static F widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static __m128i nearest(F v) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)); }
   static __m128i drawn(F v, F u) {
-    const __m512i below = _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const Mask up = less(u, _mm512_sub_ps(v, _mm512_cvtepi32_ps(below)));
-    return _mm512_cvtsepi32_epi8(_mm512_mask_add_epi32(below, up, below, _mm512_set1_epi32(1)));
+    return _mm512_cvtsepi32_epi8(
+        _mm512_cvt_roundps_epi32(less_uniform(v, u), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
   }
+  static F less_uniform(F v, F u) { return _mm512_sub_round_ps(v, u, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
   static __m128i bytes(F v) {
     return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
   }
@@ -120,15 +124,13 @@ struct Lanes {
   static void store(int8_t* p, F v, Mask) { store(p, v); }
   static void store_nearest(int8_t* p, F v) { *p = int8_t(half_even(v)); }
   static void store_nearest(int8_t* p, F v, Mask) { store_nearest(p, v); }
-  static void store_stochastic(int8_t* p, F v, F u) {
-    const F below = floor(v);
-    *p = int8_t(below + (u < v - below ? 1.0f : 0.0f));
-  }
+  static void store_stochastic(int8_t* p, F v, F u) { *p = int8_t(stochastic(v, u)); }
   static void store_stochastic(int8_t* p, F v, F u, Mask) { store_stochastic(p, v, u); }
   static F quotient(F x, F scale, F) { return x / scale; }
   static F set(float x) { return x; }
   static I set(int32_t x) { return x; }
   static F floor(F x) { return __builtin_floorf(x); }
+  static F stochastic(F x, F u) { return F(__builtin_ceil(double(x) - double(u))); }
   static F truncate(F x) { return __builtin_truncf(x); }
   static F half_even(F x) { return __builtin_rintf(x); }
   static F smaller(F a, F b) { return a < b ? a : b; }
@@ -181,10 +183,7 @@ inline LaneF round_whole(LaneF t, LaneF u) {
   if constexpr (rounding == CastRounding::half_even) return L::half_even(t);
   if constexpr (rounding == CastRounding::floor) return L::floor(t);
   if constexpr (rounding == CastRounding::truncate) return L::truncate(t);
-  if constexpr (rounding == CastRounding::stochastic) {
-    const LaneF below = L::floor(t);
-    return below + L::where(L::less(u, t - below), one, none);
-  }
+  if constexpr (rounding == CastRounding::stochastic) return L::stochastic(t, u);
   const LaneF whole = L::truncate(t), rest = t - whole;
   const auto up = rounding == CastRounding::half_down ? L::less(half, rest) : L::at_least(rest, half);
   const auto down = rounding == CastRounding::half_up ? L::less(rest, L::set(-0.5f)) : L::at_least(L::set(-0.5f), rest);

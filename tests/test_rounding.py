@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -82,6 +83,16 @@ def test_stochastic_never_moves_an_integer():
     assert torch.equal(round_to_int(t, "stochastic", torch.zeros(5)), t)
 
 
+def test_stochastic_compares_exactly():
+    # t - floor(t) of a small negative t has more bits than float32: 1 - 2^-25 and 1 - 3 * 2^-26 would be 1
+    t = torch.tensor([-(2.0**-25), -3 * 2.0**-26, -(2.0**-24), -(2.0**-30), 2.0**-30, 127 + 2.0**-17, -127 - 2.0**-17])
+    below = torch.tensor([-1.0, -1, -1, -1, 0, 127, -128])
+    for u in (0.0, 2.0**-40, 2.0**-24, 2.0**-17, 1 - 2.0**-17, 1 - 2.0**-23, 1 - 2.0**-24):
+        up = [Fraction(u) < Fraction(x) - int(b) for x, b in zip(t.tolist(), below.tolist(), strict=True)]
+        assert torch.equal(round_to_int(t, "stochastic", torch.full_like(t, u)), below + torch.tensor(up)), u
+    assert math.copysign(1.0, round_to_int(torch.tensor(-0.5), "stochastic", torch.tensor(0.25)).item()) == 1
+
+
 def test_stochastic_sends_the_negative_up_where_u_is_below_the_value_fraction():
     t = torch.tensor([-1.25, -1.25])
     assert round_to_int(t, "stochastic", torch.tensor([0.7, 0.75])).tolist() == [-1, -2]
@@ -123,8 +134,8 @@ def test_errors_name_the_value_and_the_fix():
 def test_between_integers_is_the_same_choice(x, mode, u):
     t, noise = torch.tensor(x), torch.tensor(u)
     lo = t.floor()
-    if mode == "stochastic" and lo < 0 and t.abs() < 2.0**-20:
-        return  # t - floor(t) itself is rounded
+    if mode == "stochastic" and -1 < t < 0:
+        return  # between any neighbours t - lo itself is rounded
     got = round_between(t, lo, lo + 1, mode, noise, lo_even=lo % 2 == 0)
     assert got.item() == round_to_int(t, mode, noise).item()
 

@@ -12,7 +12,8 @@ With floor(t) <= t and r = t - trunc(t) (exact in floating point):
 
 `half_down` is the nearest rounding of Gupta et al. (2015, arXiv 1502.02551): floor(t) + [t - floor(t) > 0.5].
 The nearest modes use r because t - floor(t) is itself rounded for small negative t: -0.49999997 would become
-a tie. `stochastic` is unbiased, and a number on the grid never moves; floor(t + u) would move it in float32.
+a tie. `stochastic` is unbiased, and a number on the grid never moves; floor(t + u) would move it in float32. It is
+the ceiling of t - u, exact for float32 t and u.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def round_to_int(t: Tensor, mode: str = "half_even", u: Tensor | None = None) ->
         return torch.floor(t)
     if mode == "stochastic":
         assert u is not None
-        below = torch.floor(t)
-        return below + (u < t - below).to(t.dtype)
+        # the same as in the table, where t - floor(t) would be rounded; + 0 because the ceiling of -0.3 is -0
+        return torch.ceil(t.to(torch.float64) - u).to(t.dtype) + 0.0
     whole = torch.trunc(t)
     if mode == "truncate":
         return whole

@@ -209,6 +209,20 @@ def test_kernels_equal_the_definition(name: str, isa: str) -> None:
     assert compared > 5000 or name in ("BF16", "E8M0")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_stochastic_next_to_the_fraction(isa: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(4000, generator=generator) * 2.0 ** -torch.randint(-6, 30, (4000,), generator=generator)
+    fraction = x.double() - x.double().floor()
+    for steps in (-1, 0, 1, 2):
+        u = ((fraction * 2**24).floor() + steps).clamp(0, 2**24 - 1).float() / 2**24
+        for name in ("int8", "E4M3"):
+            arguments = cast_arguments(FORMATS[name], "stochastic")
+            assert arguments is not None
+            for result in ("values", "codes") if name == "int8" else ("values",):
+                compare("cast", isa, x, torch.ones(1), None, None, u, [0], *arguments, "stochastic", result)
+
+
 Case = tuple[Tensor, list[int], int]
 
 
