@@ -35,6 +35,7 @@ struct Int8Product {
   const Int8Rows* groups;
   int64_t group_count, rows;     // rows in each group
   int64_t left_row;              // bytes between rows
+  bool disjoint;                 // no byte of the left operand belongs to two rows, or to two segments of one
   const int64_t* segments;       // where each segment starts in a row
   int64_t segment_count, steps;  // 4-byte steps in each segment
   const int8_t* right;
@@ -117,6 +118,7 @@ struct Int8DepthwiseGradW {
 
 struct Int8Kernels {
   int64_t depth_unit;  // bytes; grad_w may also use 4
+  bool plain_left;     // flip is 0
   int64_t most_panels, most_rows;  // of a tile
   int64_t most_rows_of_words, most_rows_narrow;  // where segments are not whole depth units; narrow: with one panel
   // rows of a matrix, `pitch` bytes apart

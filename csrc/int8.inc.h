@@ -99,10 +99,45 @@ __attribute__((noinline)) void tile_sums(const Int8Product& job, const uint8_t* 
     for (int v = 0; v < width; ++v) Dot::store_sums(out + (i * width + v) * Dot::lanes, sums[i][v]);
 }
 
+// How the results of whole panels are stored.
+enum class Stored { real, past_caches, bfloat16 };
+
+// `finish` for a tile of whole panels; scales and bias of the columns stay in registers.
+template <int Panels, Stored how>
+void finish_whole(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t rows, int64_t column,
+                  const int32_t* sums) {
+  constexpr int width = Panels * panel_sums;
+  Vec::F scale[width], bias[width];
+  for (int v = 0; v < width; ++v) {
+    scale[v] = Vec::load(job.right_scale + column + v * Vec::lanes);
+    bias[v] = job.bias == nullptr ? Vec::set(-0.0f) : Vec::load(job.bias + column + v * Vec::lanes);  // x + -0 is x
+  }
+  int64_t at = group.out + row * job.out_row + column;
+  const float* left_scale = group.left_scale + row * job.left_scale_step;
+  for (int64_t i = 0; i < rows; ++i, sums += Panels * int8_panel, at += job.out_row, left_scale += job.left_scale_step) {
+    const Vec::F left = Vec::set(*left_scale);
+    for (int v = 0; v < width; ++v) {
+      const Vec::F real = Dot::real(Dot::load_sums(sums + v * Dot::lanes));
+      const Vec::F result = Vec::add(Vec::mul(real, Vec::mul(left, scale[v])), bias[v]);
+      const int64_t to = at + v * Vec::lanes;
+      if (how == Stored::bfloat16) store_bfloat16((uint16_t*)job.out + to, result);
+#if defined(__AVX512F__)
+      else if (how == Stored::past_caches) _mm512_stream_ps((float*)job.out + to, result);
+#endif
+      else Vec::store((float*)job.out + to, result);
+    }
+  }
+}
+
 // What follows the sums of a tile of `rows` rows, Panels * 16 of them in a row: keeping them, or the epilogue.
 template <int Panels>
 void finish_tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t rows, int64_t column,
                  const int32_t* sums) {
+  if (job.first && job.last && job.columns - column >= Panels * int8_panel) {
+    if (job.bfloat16) return finish_whole<Panels, Stored::bfloat16>(job, group, row, rows, column, sums);
+    if (job.stream) return finish_whole<Panels, Stored::past_caches>(job, group, row, rows, column, sums);
+    return finish_whole<Panels, Stored::real>(job, group, row, rows, column, sums);
+  }
   for (int64_t i = 0; i < rows; ++i, sums += Panels * int8_panel) {
     const int64_t at = group.out + (row + i) * job.out_row + column;
     int32_t* const kept = group.sums + (row + i) * job.sums_row + column;
@@ -176,72 +211,151 @@ void shape_tiles(int64_t high, int64_t low) {
   _tile_loadconfig(&shapes);
 }
 
-// `Both` left tiles: `high` rows, then `low` more
+// A tile whose sums wait for the epilogue. It is done a few rows at a time between the steps of the next tile: the matrix
+// unit works meanwhile.
+struct Waiting {
+  const Int8Rows* group;
+  int64_t row, rows, column, panels, done;
+  const int32_t* sums;
+
+  void some(const Int8Product& job, int64_t most) {
+    const int64_t count = rows - done < most ? rows - done : most;
+    if (count <= 0) return;
+    const int32_t* const line = sums + done * panels * int8_panel;
+    if (panels == 2) finish_tile<2>(job, *group, row + done, count, column, line);
+    else finish_tile<1>(job, *group, row + done, count, column, line);
+    done += count;
+  }
+};
+
+// Results that are to be written soon: their lines are fetched between steps, too.
+struct Expected {
+  const char* line;
+  int64_t rows, row_bytes, bytes;
+
+  void some(int64_t most) {
+    for (; most > 0 && rows > 0; --most, --rows, line += row_bytes)
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(line + i, _MM_HINT_T0);
+  }
+};
+
+// Steps of the sums in tiles 0 to 3: of rows at `high` and, with `Both`, at `low`, and of one or two panels. `Disjoint`:
+// the rows are not read again soon, and the hint keeps the panels in the cache instead. Where rows lie across cache
+// lines, a left tile must come right before its products: else they take half as long again. Alone in a function for the
+// registers.
+template <int Panels, bool Both, bool Disjoint>
+__attribute__((noinline)) void add_steps(const uint8_t* high, const uint8_t* low, int64_t pitch, const int8_t* right,
+                                         const int8_t* next, int64_t steps) {
+  for (; steps > 0; --steps, high += 64, low += 64, right += 1024, next += 1024) {
+    _tile_loadd(6, right, 64);
+    if (Panels == 2) _tile_loadd(7, next, 64);
+    if (Disjoint) _tile_stream_loadd(4, high, pitch);
+    else _tile_loadd(4, high, pitch);
+    _tile_dpbssd(0, 4, 6);
+    if (Panels == 2) _tile_dpbssd(1, 4, 7);
+    if (Both) {
+      if (Disjoint) _tile_stream_loadd(5, low, pitch);
+      else _tile_loadd(5, low, pitch);
+      _tile_dpbssd(2, 5, 6);
+      if (Panels == 2) _tile_dpbssd(3, 5, 7);
+    }
+  }
+}
+
+// `steps` steps of the sums of `Both` left tiles, `high` rows, then `low` more, from a step of a segment on. `begun`: they
+// go on from `sums`.
 template <int Panels, bool Both>
-void matrix_tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t high, int64_t low, int64_t panel) {
-  const int64_t pitch = job.left_row;
-  const uint8_t* const left = group.left + row * pitch;
-  const int8_t* right = job.right + panel * job.panel_bytes;
-  _tile_zero(0);
-  if (Panels == 2) _tile_zero(1);
-  if (Both) _tile_zero(2);
-  if (Both && Panels == 2) _tile_zero(3);
-  for (int64_t s = 0; s < job.segment_count; ++s) {
-    const uint8_t* a = left + job.segments[s];
-    for (int64_t k = 0; k < job.steps; k += matrix_steps, a += 64, right += 1024) {
-      _tile_loadd(6, right, 64);
-      _tile_loadd(4, a, pitch);
-      _tile_dpbusd(0, 4, 6);
-      if (Both) {
-        _tile_loadd(5, a + high * pitch, pitch);
-        _tile_dpbusd(2, 5, 6);
-      }
-      if (Panels == 2) {
-        _tile_loadd(7, right + job.panel_bytes, 64);
-        _tile_dpbusd(1, 4, 7);
-        if (Both) _tile_dpbusd(3, 5, 7);
-      }
-    }
+void matrix_tile(const Int8Product& job, const uint8_t* left, int64_t high, const int8_t* right, int64_t segment,
+                 int64_t step, int64_t steps, bool begun, int32_t* sums, int64_t sums_row, Waiting& waiting,
+                 Expected expected) {
+  const int64_t pitch = job.left_row, sums_bytes = sums_row * 4, below = high * sums_row;
+  const auto add = job.disjoint ? &add_steps<Panels, Both, true> : &add_steps<Panels, Both, false>;
+  if (begun) {
+    _tile_loadd(0, sums, sums_bytes);
+    if (Panels == 2) _tile_loadd(1, sums + int8_panel, sums_bytes);
+    if (Both) _tile_loadd(2, sums + below, sums_bytes);
+    if (Both && Panels == 2) _tile_loadd(3, sums + below + int8_panel, sums_bytes);
+  } else {
+    _tile_zero(0);
+    if (Panels == 2) _tile_zero(1);
+    if (Both) _tile_zero(2);
+    if (Both && Panels == 2) _tile_zero(3);
   }
-  constexpr int64_t width = Panels * int8_panel;
-  alignas(64) int32_t sums[2 * matrix_rows * width];
-  _tile_stored(0, sums, width * 4);
-  if (Panels == 2) _tile_stored(1, sums + int8_panel, width * 4);
-  if (Both) _tile_stored(2, sums + high * width, width * 4);
-  if (Both && Panels == 2) _tile_stored(3, sums + high * width + int8_panel, width * 4);
-  const int64_t column = panel * int8_panel;
-  for (int p = 0; p < Panels; ++p) {
-    const __m512i correction = _mm512_loadu_si512(job.correction + column + p * int8_panel);
-    for (int64_t i = 0; i < high + low; ++i) {
-      int32_t* const line = sums + i * width + p * int8_panel;
-      _mm512_store_si512(line, _mm512_add_epi32(_mm512_load_si512(line), correction));
-    }
+  // a few rows at once, since scales and bias are loaded for each few
+  const int64_t rows_a_step = steps > 0 && waiting.rows > 4 * steps ? (waiting.rows + steps - 1) / steps : 4;
+  while (steps > 0) {
+    const bool busy = waiting.done < waiting.rows || expected.rows > 0;
+    const int64_t rest = (job.steps - step) / matrix_steps, run = busy ? 1 : rest < steps ? rest : steps;
+    const uint8_t* const at = left + job.segments[segment] + step * 4;
+    add(at, at + high * pitch, pitch, right, right + job.panel_bytes, run);
+    steps -= run, right += run * 1024, step += run * matrix_steps;
+    if (step == job.steps) step = 0, ++segment;
+    if (busy) waiting.some(job, rows_a_step), expected.some(4);
   }
-  finish_tile<Panels>(job, group, row, high + low, column, sums);
+  waiting.some(job, waiting.rows);
+  _tile_stored(0, sums, sums_bytes);
+  if (Panels == 2) _tile_stored(1, sums + int8_panel, sums_bytes);
+  if (Both) _tile_stored(2, sums + below, sums_bytes);
+  if (Both && Panels == 2) _tile_stored(3, sums + below + int8_panel, sums_bytes);
 }
 
 void matrix_multiply(const Int8Product& job) {
+  // Steps of two panels that share the L1 cache with rows; half as many where sums are kept: there (the taps of grad_w) the
+  // same rows are read again, too.
+  const int64_t most_steps = job.last ? 16 : 8;
+  constexpr int64_t most_tiles = 16;  // that the same steps of the panels serve, one after the other
   const int64_t panels = (job.columns + int8_panel - 1) / int8_panel;
-  const int64_t tiles = (job.rows + 2 * matrix_rows - 1) / (2 * matrix_rows);
+  const int64_t tiles = (job.rows + 2 * matrix_rows - 1) / (2 * matrix_rows);  // of a group, the taller first
   const int64_t height = job.rows / tiles, taller = job.rows % tiles;
-  int64_t shaped = 0;
-  for (int64_t panel = 0; panel < panels; panel += 2)
-    for (int64_t g = 0; g < job.group_count; ++g)
-      for (int64_t t = 0, row = 0; t < tiles; ++t) {
-        const int64_t rows = height + (t < taller ? 1 : 0);
-        const int64_t low = rows > matrix_rows ? rows / 2 : 0, high = rows - low;
-        if (rows != shaped) shape_tiles(high, low);
-        shaped = rows;
-        const Int8Rows& group = job.groups[g];
-        if (panel + 1 < panels) {
-          if (low > 0) matrix_tile<2, true>(job, group, row, high, low, panel);
-          else matrix_tile<2, false>(job, group, row, high, low, panel);
-        } else {
-          if (low > 0) matrix_tile<1, true>(job, group, row, high, low, panel);
-          else matrix_tile<1, false>(job, group, row, high, low, panel);
+  const int64_t steps = job.segment_count * job.steps / matrix_steps;
+  const int64_t pieces = steps > most_steps ? (steps + most_steps - 1) / most_steps : 1;
+  const int64_t piece = pieces > 1 ? (steps + pieces - 1) / pieces : steps, chunk = pieces > 1 ? most_tiles : 1;
+  // one buffer more than a chunk has tiles: the last tile waits for its epilogue
+  alignas(64) int32_t buffers[most_tiles + 1][2 * matrix_rows * 2 * int8_panel];
+  Waiting waiting = {};
+  int64_t shaped = 0, next_buffer = 0;
+  for (int64_t panel = 0; panel < panels; panel += 2) {
+    const bool two = panel + 1 < panels;
+    const int64_t sums_row = !job.last ? job.sums_row : two ? 2 * int8_panel : int8_panel;
+    int64_t next_group = 0, next_tile = 0;
+    while (next_group < job.group_count) {  // a chunk: the tiles from here on
+      const int64_t first_group = next_group, first_tile = next_tile, first_buffer = next_buffer;
+      const int8_t* right = job.right + panel * job.panel_bytes;
+      int64_t segment = 0, step = 0;
+      for (int64_t left_over = steps;;) {
+        const int64_t here = left_over < piece ? left_over : piece;
+        const bool begun = left_over < steps || !(job.first || job.last), ends = left_over == here;
+        next_group = first_group, next_tile = first_tile, next_buffer = first_buffer;
+        for (int64_t i = 0; i < chunk && next_group < job.group_count; ++i) {
+          const Int8Rows& group = job.groups[next_group];
+          const int64_t row = next_tile * height + (next_tile < taller ? next_tile : taller);
+          const int64_t rows = height + (next_tile < taller ? 1 : 0);
+          const int64_t low = rows > matrix_rows ? rows / 2 : 0, high = rows - low;
+          if (rows != shaped) shape_tiles(high, low);
+          shaped = rows;
+          int32_t* const sums = job.last ? buffers[next_buffer] : group.sums + row * sums_row + panel * int8_panel;
+          const auto tile = two ? (low > 0 ? &matrix_tile<2, true> : &matrix_tile<2, false>)
+                                : (low > 0 ? &matrix_tile<1, true> : &matrix_tile<1, false>);
+          Expected expected = {};
+          if (job.last && ends && !job.stream) {
+            const int64_t bytes = job.bfloat16 ? 2 : 4, columns = job.columns - panel * int8_panel;
+            const int64_t at = group.out + row * job.out_row + panel * int8_panel;
+            expected = {(const char*)job.out + at * bytes, rows, job.out_row * bytes,
+                        (columns < 2 * int8_panel ? columns : 2 * int8_panel) * bytes};
+          }
+          tile(job, group.left + row * job.left_row, high, right, segment, step, here, begun, sums, sums_row, waiting,
+               expected);
+          if (job.last && ends) waiting = {&group, row, rows, panel * int8_panel, two ? 2 : 1, 0, sums};
+          next_buffer = next_buffer == chunk ? 0 : next_buffer + 1;
+          if (++next_tile == tiles) next_tile = 0, ++next_group;
         }
-        row += rows;
+        if (ends) break;
+        left_over -= here, right += here * 1024;
+        for (step += here * matrix_steps; step >= job.steps; ++segment) step -= job.steps;
       }
+    }
+  }
+  waiting.some(job, waiting.rows);
   _tile_release();
 }
 
@@ -371,7 +485,7 @@ namespace lowbit {
 namespace {
 
 constexpr Int8Kernels int8_kernels = {
-    depth_unit, Dot::most_panels, most_tile_rows, Dot::most_rows,     Dot::most_rows_narrow,
+    depth_unit, Dot::flip == 0, Dot::most_panels, most_tile_rows, Dot::most_rows, Dot::most_rows_narrow,
     pack_left,  pack_right,       pack_box,       pack_planes,        transpose_codes,
     multiply,   multiply_depthwise, depthwise_grad_w, finish_long,    finish_grad_w};
 

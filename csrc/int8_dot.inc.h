@@ -13,7 +13,13 @@ namespace {
 #if defined(__AVX512VNNI__)
 
 struct Dot {
-  static constexpr uint8_t flip = 0x80;  // the left codes of vpdpbusd are unsigned
+  // The left codes of vpdpbusd are unsigned. The matrix unit, which does nearly all of the work where there is one, takes
+  // signed ones, and they are flipped here.
+#if defined(__AMX_INT8__)
+  static constexpr uint8_t flip = 0;
+#else
+  static constexpr uint8_t flip = 0x80;
+#endif
   static constexpr int64_t lanes = 16;
   static constexpr int most_rows = 12, most_panels = 2, most_rows_narrow = 24;  // 24 sums; with more, GCC spills
   typedef __m512i Sums;
@@ -27,7 +33,8 @@ struct Dot {
   static Left left(const uint8_t* p) {
     int32_t word;
     memcpy(&word, p, sizeof word);
-    return _mm512_set1_epi32(word);
+    const __m512i codes = _mm512_set1_epi32(word);
+    return flip != 0 ? codes : _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
   }
   static Right right(const int8_t* p) { return _mm512_loadu_si512(p); }
   static Sums add(Sums sums, Left a, Right b) { return _mm512_dpbusd_epi32(sums, a, b); }

@@ -156,42 +156,44 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
     for (int64_t task = begin; task < end; ++task) kernels.pack_right(right_of(task / bundles), task % bundles);
   });
 
-  // tasks: blocks of rows; where those are fewer than the threads, also ranges of columns
+  // tasks: bands of rows, of which a thread takes some at once; where those are fewer than the threads, also ranges of
+  // columns
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = kernels.most_rows;
-  const int64_t block_target = std::clamp(2 * cache_bytes / std::max<int64_t>(1, piece), most, 16 * most);
-  int64_t blocks = cuts(rows, block_target), ranges = 1;
-  if (blocks < threads) blocks = std::min(threads, cuts(rows, most));
-  else blocks = up(blocks, threads);
-  const int64_t block = cuts(rows, blocks);
-  blocks = cuts(rows, block);
-  if (blocks < threads) ranges = std::min(cuts(threads, blocks), cuts(panels, kernels.most_panels));
-  const int64_t range = up(cuts(panels, ranges), kernels.most_panels);
-  ranges = cuts(panels, range);
-  const int64_t pitch = up(piece, 64) + 64;  // not a multiple of 4096: rows would share the sets of the L1 cache
+  const int64_t band = kernels.most_rows, bands = cuts(rows, band);
+  const int64_t most_bands = std::clamp<int64_t>(2 * cache_bytes / std::max<int64_t>(1, piece) / band, 1, 16);
+  const int64_t ranges_wanted = bands < threads ? std::min(cuts(threads, bands), cuts(panels, kernels.most_panels)) : 1;
+  const int64_t range = up(cuts(panels, ranges_wanted), kernels.most_panels), ranges = cuts(panels, range);
+  // Rows that kernels can take as they lie are not copied.
   const Int8View view = {a.const_data_ptr<int8_t>(), rows == 1 ? depth : a.stride(0), depth == 1 ? 1 : a.stride(1)};
+  const bool in_place = kernels.plain_left && view.column == 1 && view.row % 64 == 0 && depth % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+  // a copy's rows are not a multiple of 4096 apart: they would share the sets of the L1 cache
+  const int64_t pitch = in_place ? view.row : up(piece, 64) + 64;
   const int64_t left_step = a_scale.size(0) == 1 ? 0 : 1;
   const float* const left_scale = a_scale.const_data_ptr<float>();
   void* const out_data = out.mutable_data_ptr();
-  const int64_t cost = block * range * int8_panel * depth;
-  torch::stable::parallel_for(0, blocks * ranges, grain(cost), [&](int64_t begin, int64_t end) {
+  const int64_t cost = band * range * int8_panel * depth;
+  torch::stable::parallel_for(0, bands * ranges, grain(cost), [&](int64_t begin, int64_t end) {
+    const int64_t block_bands = ranges > 1 ? 1 : cuts(end - begin, cuts(end - begin, most_bands));
+    const int64_t block = block_bands * band;
     Layout own;
-    const int64_t left_at = own.add(block * pitch + int8_slack);
+    const int64_t left_at = own.add(in_place ? 0 : block * pitch + int8_slack);
     const int64_t sums_at = own.add(piece_count > 1 ? block * range * int8_panel * 4 : 0);
     const int64_t long_at = own.add(is_long ? block * range * int8_panel * 8 : 0);
     uint8_t* const memory = task_scratch.reserve(own.bytes);
     uint8_t* const left = memory + left_at;
     int32_t* const sums = reinterpret_cast<int32_t*>(memory + sums_at);
     int64_t* const long_sums = reinterpret_cast<int64_t*>(memory + long_at);
-    int64_t block_in_place = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / ranges * block, panel = task % ranges * range;
-      const int64_t height = std::min(block, rows - row);
+    int64_t packed_row = -1;
+    for (int64_t task = begin; task < end; task += block_bands) {
+      const int64_t row = task / ranges * band, panel = task % ranges * range;
+      const int64_t height = std::min(std::min(block_bands, end - task) * band, rows - row);
       const int64_t first_column = panel * int8_panel;
       const int64_t width = std::min(columns - first_column, range * int8_panel), sums_row = up(width, int8_panel);
-      const Int8Rows group = {left, row * columns + first_column, left_scale + row * left_step, sums};
+      Int8Rows group = {left, row * columns + first_column, left_scale + row * left_step, sums};
       Int8Product job;
-      job.groups = &group, job.group_count = 1, job.rows = height, job.left_row = pitch;
+      job.groups = &group, job.group_count = 1, job.rows = height;
+      job.left_row = pitch, job.disjoint = true;
       job.segments = &part, job.segment_count = 1;
       job.columns = width, job.sums_row = sums_row;
       job.out = out_data, job.out_row = columns, job.bfloat16 = bfloat16;
@@ -202,11 +204,13 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
       int64_t in_sums = 0;  // products in the int32 sums
       for (int64_t p = 0; p < piece_count; ++p) {
         const Int8Right right = right_of(p);
-        if (piece_count > 1 || block_in_place != row) {
-          Int8View here = view;
-          here.data += row * here.row + p * piece * here.column;
+        Int8View here = view;
+        here.data += row * here.row + p * piece * here.column;
+        if (in_place) {
+          group.left = reinterpret_cast<const uint8_t*>(here.data);
+        } else if (piece_count > 1 || packed_row != row) {
           kernels.pack_left(here, height, right.part_depth, left, pitch);
-          block_in_place = row;
+          packed_row = row;
         }
         job.steps = right.steps, job.panel_bytes = right.steps * 64;
         job.right = right.packed + panel * job.panel_bytes, job.correction = right.correction + first_column;
@@ -473,6 +477,7 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
         job.groups = lines.data(), job.group_count = int64_t(lines.size());
         job.rows = joined ? here_rows * here_columns : here_columns;
         job.left_row = plan.x_step * plan.channels;
+        job.disjoint = segments.size() == 1 && phase.part_depth == plan.channels;
         job.segments = segments.data(), job.segment_count = int64_t(segments.size()), job.steps = phase.steps;
         job.panel_bytes = job.segment_count * phase.steps * 64;
         job.right = packed + g * packed_bytes + phase.packed;
@@ -823,7 +828,8 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
 
         Int8Product job = {};
         job.groups = rows.data(), job.group_count = taps;
-        job.left_row = plane, job.segments = segments.data(), job.segment_count = packing.segment_count, job.steps = packing.steps;
+        job.left_row = plane, job.disjoint = taps == 1;
+        job.segments = segments.data(), job.segment_count = packing.segment_count, job.steps = packing.steps;
         job.panel_bytes = job.segment_count * job.steps * 64;
         job.first = first, job.last = false;
         for (int64_t column = 0; column < filters; column += tile_columns)
