@@ -145,8 +145,12 @@ def test_matmul_equals_the_definition(isa: str) -> None:
         assert same(out, MATMUL(a, b, a_scale, b_scale, bias, dtype)), (m, k, n, a.stride(), b.stride())
 
 
+# with many rows also: steps in pieces, tiles in chunks; rows copied, and taken as they lie (1088 is 17 * 64)
+SPLIT = [(37, 6000, 33), (3, 131_071, 17), (2, 300_000, 40), (300, 70, 300), (530, 1100, 40), (1200, 1088, 70)]
+
+
 @compiled
-@pytest.mark.parametrize("shape", [(37, 6000, 33), (3, 131_071, 17), (2, 300_000, 40), (300, 70, 300)])
+@pytest.mark.parametrize("shape", SPLIT)
 def test_matmul_equals_the_definition_where_it_is_split(isa: str, shape: tuple[int, int, int]) -> None:
     m, k, n = shape
     a, b = codes(m, k), codes(k, n)
@@ -201,6 +205,7 @@ LARGE = [
     (128, 16, 16, 32, 3, 1, 1, 1),
     (4, 3, 64, 112, 7, 2, 3, 1),
     (2, 512, 96, 7, 3, 1, 1, 1),
+    (6, 128, 40, 20, 3, 1, 1, 1),
     (16, 160, 144, 14, 1, 1, 0, 1),
     (9, 64, 64, 28, 3, 2, 1, 4),
     (5, 130, 130, 12, 3, 1, 1, 130),
