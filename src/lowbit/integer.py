@@ -273,5 +273,8 @@ class IntegerProduct(torch.autograd.Function):
                 real = run.real("grad_w", "left", e.float(), by_slot), run.real("grad_w", "right", a.float(), by_slot)
                 grad_w = run.ops.grad_w(*real)
             if biased:
-                grad_bias = e.float().sum_to_size(ctx.bias) if sums is None else sums.reshape(ctx.bias)
+                if sums is None:
+                    grad_bias = e.float().sum_to_size(ctx.bias)
+                else:
+                    grad_bias = sums if len(ctx.bias) == 1 else sums.reshape(ctx.bias)
         return grad_a, grad_w, grad_bias, None, *(None,) * ctx.count

@@ -90,7 +90,7 @@ def integers_twice(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
     """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it. Then, with
     `sums`, its sums over all axes but the last, where they come for less than a pass of their own; otherwise None."""
-    x = x.detach()
+    x = _apart(x)
     a, b = first._cast(x, key1), second._cast(x, key2)
     if not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
         return first.integers(x, key1), second.integers(x, key2), None
@@ -99,6 +99,11 @@ def integers_twice(
         x, key1, key2, a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5], sums
     )
     return (codes1, scale1), (codes2, scale2), total if sums else None
+
+
+def _apart(x: Tensor) -> Tensor:
+    """`x` without a gradient; where none is recorded that is itself, and a call less."""
+    return x.detach() if torch.is_grad_enabled() else x
 
 
 def _cast_absmax(x: Tensor, key: Tensor | None, found: tuple[Any, ...], result: str) -> tuple[Tensor, Tensor]:
@@ -323,7 +328,7 @@ class Quantizer(nn.Module):
     def integers(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """int8 codes in the shape of `x`, without a gradient, and the scales `(blocks,)`; `why_no_codes` is empty and
         `x` is not."""
-        x = x.detach()
+        x = _apart(x)
         if found := self._cast(x, key):
             return _cast_absmax(x, key, found, "codes")
         b, mode = Blocked(self._enter(x, None), self.spec.blocks, self.layout), self.mode(key is not None)
@@ -371,7 +376,7 @@ class Quantizer(nn.Module):
         mark, made = self._made.get(what, (None, None))
         if seen and mark == (seen[0], *how):
             return made  # type: ignore[no-any-return]
-        bits = fingerprint(flat.detach())
+        bits = fingerprint(_apart(flat))
         if seen == []:
             seen.append(bits)
         if mark != (bits, *how):

@@ -120,10 +120,11 @@ def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     """Forward and backward, with the gradients of input and weight."""
     x = x.detach().requires_grad_()
     error = torch.randn_like(layer(x))
+    leaves = [x, *layer.parameters()]
 
     def step() -> None:
-        x.grad = None
-        layer.zero_grad()
+        for leaf in leaves:  # as an optimizer clears gradients, without a walk through the modules
+            leaf.grad = None
         layer(x).backward(error)
 
     return step
