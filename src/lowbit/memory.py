@@ -17,8 +17,8 @@ def keep_memory() -> bool:
 
     glibc gives much of it back to the system, and the next training step pays a page fault for every 4 KiB that it
     writes anew: up to a seventh of the time of an int8 step of GPT blocks, less of a float32 step (the page on speed).
-    Afterwards the process stays as large as it once was. The command `lowbit` does this by itself; results do not depend
-    on it.
+    Afterwards the process stays as large as it once was. The command `lowbit` does this by itself; results do not
+    depend on it.
 
     Returns:
         Whether the C library took it: True with glibc, False on other systems, where nothing changes.
