@@ -674,7 +674,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   check_error(e, g);
   check_vector(e_scale, g.filters, true, "e_scale"), check_vector(x_scale, g.channels, true, "x_scale");
   Tensor out = is_channels_last ? channels_last(w_shape[0], w_shape[1], w_shape[2], w_shape[3], dtype)
-                       : torch::stable::empty({w_shape.data(), w_shape.size()}, dtype);
+                                : torch::stable::empty({w_shape.data(), w_shape.size()}, dtype);
   if (out.numel() == 0) return out;
   if (depthwise(g)) {
     depthwise_grad_w(kernels, g, Images(x), Images(e), e_scale, x_scale, out, bfloat16);
