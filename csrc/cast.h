@@ -42,6 +42,7 @@ struct CastTile {
   int64_t x_row;
   const float* u;  // uniforms, for stochastic rounding
   int64_t u_row;
+  float u_unit;  // and in which units they are
   const CastUniforms* draw;  // null, or what `u` is filled with on the way: the rows follow each other
   int64_t ahead;        // with `inverse`: elements soon needed are so far behind these in memory
   const float* scale;

@@ -348,18 +348,12 @@ inline void fetch_vector(const void* x) {
 
 // The uniforms first, first + 1, ... on their way to `out`, where there is room for 3 before and 127 behind.
 struct Draw {
-#if defined(LOWBIT_VECTOR_WORDS)
-  const PhiloxKeys keys;
-#else
-  const uint32_t* keys;
-#endif
-  uint32_t high[2];
-  uint64_t block;
+  PhiloxSequence<true> blocks;
   float* out;
 
   explicit Draw(const CastUniforms* job) : Draw(*job, job->first, job->out) {}
   Draw(const CastUniforms& job, uint64_t first, float* to)
-      : keys(job.key), high{job.high[0], job.high[1]}, block(first / 4), out(to - first % 4) {}
+      : blocks(job.key, job.high, first / 4), out(to - first % 4) {}
   // those of a tile's row before column `c`
   void until(const CastTile& tile, int64_t r, int64_t c) {
     const float* const end = tile.u + r * tile.u_row + c;
@@ -381,15 +375,15 @@ struct Draw {
 #if defined(LOWBIT_VECTOR_WORDS)
   template <int Vectors>
   void some() {
-    philox_blocks<Vectors>(block, keys, high, out);
-    out += 4 * philox_blocks_in<Vectors>, block += philox_blocks_in<Vectors>;
+    blocks.template next<Vectors>(out);
+    out += 4 * philox_blocks_in<Vectors>;
   }
   void rest(const float* end) {
     while (out < end) some<philox_few>();
   }
 #else
   void rest(const float* end) {
-    for (; out < end; out += 4, ++block) philox_block(block, keys, high, out);
+    for (; out < end; out += 4) blocks.one(out);
   }
 #endif
 };
@@ -408,20 +402,20 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
   const __m512i index[2] = {_mm512_add_epi64(origin, _mm512_mullo_epi64(step, lane)),
                             _mm512_add_epi64(origin, _mm512_mullo_epi64(step, _mm512_add_epi64(lane, W::set(8).v)))};
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i halves[2] = {even, _mm512_add_epi32(even, _mm512_set1_epi32(1))};
   const __m512i offset = _mm512_and_si512(_mm512_permutex2var_epi32(index[0], even, index[1]), _mm512_set1_epi32(3));
   const __m512i block[2] = {_mm512_srli_epi64(index[0], 2), _mm512_srli_epi64(index[1], 2)};
   __mmask16 starts[4];
   for (int i = 0; i < 4; ++i) starts[i] = _mm512_cmpeq_epi32_mask(offset, _mm512_set1_epi32(i));
   const bool aligned = starts[0] == 0xffff;
-  const PhiloxKeys keys(job.key);
+  const PhiloxKeys keys(job.key, job.high, first / 4);
   // columns that start at another word of their first block than 0 are shifted up: a row is made of rows of blocks
   float rows[4 * 16 * 2];  // this block and the one before
-  const auto take = [&](const W (&first)[4], const W (&second)[4], int64_t b) {
+  const auto take = [&](const W (&first)[2], const W (&second)[2], int64_t b) {
     float* now = rows + (b % 2) * 64;
     const float* before = rows + (1 - b % 2) * 64;
     for (int w = 0; w < 4; ++w) {
-      const __m512i bits = _mm512_permutex2var_epi32(first[w].v, even, second[w].v);
-      const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(bits, 8)), _mm512_set1_ps(0x1p-24f));
+      const __m512 u = W::top<true>(_mm512_permutex2var_epi32(first[w / 2].v, halves[w % 2], second[w / 2].v));
       if (!aligned) _mm512_storeu_ps(now + 16 * w, u);
       else if (4 * b + w < job.rows) _mm512_storeu_ps(out + (4 * b + w) * row, u);
     }
@@ -442,13 +436,13 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
   int64_t b = 0;
   const auto counters = [&](int64_t of, int i) { return W{_mm512_add_epi64(block[i], W::set(uint64_t(of)).v)}; };
   for (; b + 1 < blocks; b += 2) {
-    const PhiloxBatch<4> batch({counters(b, 0), counters(b, 1), counters(b + 1, 0), counters(b + 1, 1)}, keys, job.high);
-    take(batch.words[0], batch.words[1], b);
-    take(batch.words[2], batch.words[3], b + 1);
+    const PhiloxBatch<4> batch({counters(b, 0), counters(b, 1), counters(b + 1, 0), counters(b + 1, 1)}, keys);
+    take(batch.pairs[0], batch.pairs[1], b);
+    take(batch.pairs[2], batch.pairs[3], b + 1);
   }
   if (b < blocks) {
-    const PhiloxBatch<2> batch({counters(b, 0), counters(b, 1)}, keys, job.high);
-    take(batch.words[0], batch.words[1], b);
+    const PhiloxBatch<2> batch({counters(b, 0), counters(b, 1)}, keys);
+    take(batch.pairs[0], batch.pairs[1], b);
   }
 }
 #else
@@ -463,7 +457,9 @@ void uniforms_of_columns(const CastUniforms& job, uint64_t first, float* out, in
 
 void uniforms(const CastUniforms& job, CastTile& tile) {
   float* out = job.out;
-  tile.u = out;
+  tile.u = out, tile.u_unit = uniform_unit;
+  const uint64_t end = job.first + uint64_t((job.rows - 1) * job.row_index + (job.columns - 1) * job.column_index);
+  const bool one_word = (end + 3) / 4 >> 32 == job.first / 4 >> 32;  // the high word of all counters
   if (job.column_index == 1 && (job.rows == 1 || job.row_index == job.columns)) {
     tile.u_row = job.columns;
     tile.draw = &job;  // drawn while casting: the multiplications of one overlap with the divisions of the other
@@ -471,7 +467,7 @@ void uniforms(const CastUniforms& job, CastTile& tile) {
     tile.u_row = job.columns + 4;
     for (int64_t r = 0; r < job.rows; ++r)
       uniforms_in_order(job, job.first + uint64_t(r * job.row_index), job.columns, out + r * tile.u_row);
-  } else if (job.row_index == 1) {
+  } else if (job.row_index == 1 && one_word) {
     tile.u_row = (job.columns + 15) / 16 * 16;
     for (int64_t c = 0; c < job.columns; c += 16)
       uniforms_of_columns(job, job.first + uint64_t(c * job.column_index), out + c, tile.u_row);
@@ -508,7 +504,7 @@ inline void cast_lanes(const Round& round, CastResult result, const CastTile& ti
   const auto load = [part](const float* p) { return whole ? L::load(p) : L::load(p, part); };
   fetch_vector(tile.x + r * tile.x_row + c + elements_ahead);
   const LaneF x = load(tile.x + r * tile.x_row + c);
-  const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c);
+  const LaneF u = tile.u == nullptr ? x : load(tile.u + r * tile.u_row + c) * L::set(tile.u_unit);
   const BlockLanes block = scale_column ? BlockLanes(tile, r * tile.scale_row + c, load) : row;
   LaneF t = (tile.offset != nullptr ? x - block.offset : x) / block.scale;
   if (tile.zero != nullptr) t = t + block.zero;
@@ -607,7 +603,7 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
     int8_t* to = out + r * tile.out_row + c;
     if constexpr (stochastic)
-      L::store_stochastic(to, t, L::load(tile.u + r * tile.u_row + c, part...), part...);
+      L::store_stochastic(to, t, L::load(tile.u + r * tile.u_row + c, part...) * L::set(tile.u_unit), part...);
     else
       L::store_nearest(to, t, part...);
   };

@@ -299,13 +299,13 @@ lowbit::CastTile cast_tile(const CastKernels& kernels, const Cast& job, int64_t 
   t.scale = of_tile(job.scale, buffers.scale);
   lowbit::CastUniforms want;
   if (drawn != nullptr) {
-    t.u = drawn->u, t.u_row = drawn->u_row;
+    t.u = drawn->u, t.u_row = drawn->u_row, t.u_unit = drawn->u_unit;
   } else if (job.key.given) {
     buffers.u.resize(size_t(CastKernels::buffer) + 4);
     want = lowbit::uniforms_of(job.key, job.tiles, part, buffers.u.data() + 4);
     kernels.uniforms(want, t);
   } else if (job.u != nullptr) {
-    t.u_row = rows.u;
+    t.u_row = rows.u, t.u_unit = 1.0f;
     t.u = gathered(job.u + part.at.u, part, columns.u, &t.u_row, buffers.u);
   }
   t.out_row = rows.out;

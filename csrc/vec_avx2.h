@@ -43,8 +43,9 @@ struct Vec {
     static constexpr int64_t counters = 4;
     static constexpr int together = 2;  // vectors that Philox keeps in registers
     static Words set(uint64_t x) { return {_mm256_set1_epi64x((long long)x)}; }
+    // in the order in which `store_top` takes them
     static Words range(uint64_t first) {
-      return {_mm256_add_epi64(_mm256_set1_epi64x((long long)first), _mm256_setr_epi64x(0, 1, 2, 3))};
+      return {_mm256_add_epi64(_mm256_set1_epi64x((long long)first), _mm256_setr_epi64x(0, 2, 1, 3))};
     }
     static Words load(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
     void store(uint64_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
@@ -52,22 +53,24 @@ struct Vec {
     static Words add_halves(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
     static Words product(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
     static Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
-    static Words exclusive_or(Words a, Words b, Words c) {
-      return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
+    static Words exclusive_or(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+    static Words exclusive_or(Words a, Words b, Words c) { return exclusive_or(exclusive_or(a, b), c); }
+    // the low word of `product` becomes the high one, and its high word, exclusive or both others, the low one
+    static Words pair(Words product, Words b, Words c) {
+      return {_mm256_blend_epi32(exclusive_or(high(product), b, c).v, _mm256_slli_epi64(product.v, 32), 0xaa)};
     }
-    // the words' top 24 bits as uniforms, in the order of the elements
-    static void store_uniform(float* out, Words w0, Words w1, Words w2, Words w3) {
-      const __m256i low = _mm256_blend_epi32(w0.v, _mm256_slli_epi64(w1.v, 32), 0xaa);   // counter c: word 0, word 1
-      const __m256i high = _mm256_blend_epi32(w2.v, _mm256_slli_epi64(w3.v, 32), 0xaa);  // counter c: word 2, word 3
-      const __m256i even = _mm256_unpacklo_epi64(low, high);                             // counters 0 and 2
-      const __m256i odd = _mm256_unpackhi_epi64(low, high);                              // counters 1 and 3
-      put(out, _mm256_permute2x128_si256(even, odd, 0x20));
-      put(out + 8, _mm256_permute2x128_si256(even, odd, 0x31));
+    // the top 24 bits of pairs of words 0 and 1, and 2 and 3, in the order of the elements
+    template <bool units>
+    static void store_top(float* out, Words low, Words high) {
+      _mm256_storeu_ps(out, top<units>(_mm256_unpacklo_epi64(low.v, high.v)));
+      _mm256_storeu_ps(out + 8, top<units>(_mm256_unpackhi_epi64(low.v, high.v)));
     }
    private:
-    static void put(float* out, __m256i words) {
-      const __m256 x = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8));
-      _mm256_storeu_ps(out, _mm256_mul_ps(x, _mm256_set1_ps(0x1p-24f)));
+    // as whole numbers, or as the uniforms that these are in units of 2^-24
+    template <bool units>
+    static F top(__m256i words) {
+      const F x = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8));
+      return units ? x : _mm256_mul_ps(x, _mm256_set1_ps(0x1p-24f));
     }
   };
 };

@@ -43,8 +43,9 @@ struct Vec {
     static constexpr int64_t counters = 8;
     static constexpr int together = 4;  // vectors that Philox keeps in registers
     static Words set(uint64_t x) { return {_mm512_set1_epi64((long long)x)}; }
+    // in the order in which `store_top` takes them
     static Words range(uint64_t first) {
-      return {_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7))};
+      return {_mm512_add_epi64(_mm512_set1_epi64((long long)first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
     }
     static Words load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
     void store(uint64_t* p) const { _mm512_storeu_si512(p, v); }
@@ -53,18 +54,24 @@ struct Vec {
     static Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
     // not a shift: those wait for the port of the products
     static Words high(Words a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
+    static Words exclusive_or(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
     static Words exclusive_or(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
-    // the words' top 24 bits as uniforms, in the order of the elements
-    static void store_uniform(float* out, Words w0, Words w1, Words w2, Words w3) {
-      const __m512i low = _mm512_mask_blend_epi32(0xaaaa, w0.v, _mm512_slli_epi64(w1.v, 32));   // words 0 and 1
-      const __m512i high = _mm512_mask_blend_epi32(0xaaaa, w2.v, _mm512_slli_epi64(w3.v, 32));  // words 2 and 3
-      put(out, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high));
-      put(out + 16, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), high));
+    // the low word of `product` becomes the high one, and its high word, exclusive or both others, the low one
+    static Words pair(Words product, Words b, Words c) {
+      const __m512i swapped = _mm512_shuffle_epi32(product.v, _MM_PERM_CDAB);
+      return {_mm512_mask_ternarylogic_epi32(swapped, 0x5555, b.v, c.v, 0x96)};
     }
-   private:
-    static void put(float* out, __m512i words) {
-      const __m512 x = _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8));
-      _mm512_storeu_ps(out, _mm512_mul_ps(x, _mm512_set1_ps(0x1p-24f)));
+    // the top 24 bits of pairs of words 0 and 1, and 2 and 3, in the order of the elements
+    template <bool units>
+    static void store_top(float* out, Words low, Words high) {
+      _mm512_storeu_ps(out, top<units>(_mm512_unpacklo_epi64(low.v, high.v)));
+      _mm512_storeu_ps(out + 16, top<units>(_mm512_unpackhi_epi64(low.v, high.v)));
+    }
+    // as whole numbers, or as the uniforms that these are in units of 2^-24
+    template <bool units>
+    static F top(__m512i words) {
+      const F x = _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8));
+      return units ? x : _mm512_mul_ps(x, _mm512_set1_ps(0x1p-24f));
     }
   };
 };
