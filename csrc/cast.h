@@ -44,7 +44,7 @@ struct CastTile {
   int64_t u_row;
   float u_unit;  // and in which units they are
   const CastUniforms* draw;  // null, or what `u` is filled with on the way: the rows follow each other
-  int64_t ahead;        // with `inverse`: elements soon needed are so far behind these in memory
+  int64_t ahead, out_ahead;  // with `inverse`: elements of x and out soon needed are so far behind these in memory
   const float* scale;
   const float* zero;               // or null
   const float* offset;             // or null: taken off before and added to the values

@@ -26,12 +26,27 @@ struct Lanes {
   // integers in [-128, 127], NaN is 0
   static void store(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, bytes(v)); }
   static void store(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, bytes(v)); }
-  // numbers in [-128, 127.5), no NaN, to the nearest integers, ties to even
-  static void store_nearest(int8_t* p, F v) { _mm_storeu_si128((__m128i*)p, nearest(v)); }
-  static void store_nearest(int8_t* p, F v, Mask k) { _mm_mask_storeu_epi8(p, k, nearest(v)); }
-  // numbers in [-128, 127], no NaN, to a neighbouring integer by uniforms
-  static void store_stochastic(int8_t* p, F v, F u) { _mm_storeu_si128((__m128i*)p, drawn(v, u)); }
-  static void store_stochastic(int8_t* p, F v, F u, Mask k) { _mm_mask_storeu_epi8(p, k, drawn(v, u)); }
+  // numbers of less than 2^31 to the nearest integers, ties to even
+  static I nearest(F t) { return {_mm512_cvtps_epi32(t)}; }
+  // to the integers that `stochastic` gives, with uniforms in these units
+  static I drawn(F t, F u, F unit) {
+    const F less = _mm512_fnmadd_round_ps(u, unit, t, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    return {_mm512_cvt_roundps_epi32(less, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)};
+  }
+  static void store_codes(int8_t* p, I x, int8_t low, int8_t high) {
+    _mm_storeu_si128((__m128i*)p, within(_mm512_cvtsepi32_epi8(x.v), low, high));
+  }
+  static void store_codes(int8_t* p, I x, int8_t low, int8_t high, Mask k) {
+    _mm_mask_storeu_epi8(p, k, within(_mm512_cvtsepi32_epi8(x.v), low, high));
+  }
+  static void store_codes(int8_t* p, const I (&x)[4], int8_t low, int8_t high) {
+    // of each 128 bits, packing joins those of one vector with those of another
+    const __m512i mixed =
+        _mm512_packs_epi16(_mm512_packs_epi32(x[0].v, x[1].v), _mm512_packs_epi32(x[2].v, x[3].v));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i above = _mm512_max_epi8(_mm512_permutexvar_epi32(order, mixed), _mm512_set1_epi8(low));
+    _mm512_storeu_si512(p, _mm512_min_epi8(above, _mm512_set1_epi8(high)));
+  }
   static F quotient(F x, F scale, F inverse) {  // x / scale: see `codes_tile`
     F q = _mm512_mul_ps(x, inverse);
     q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);
@@ -42,7 +57,8 @@ struct Lanes {
   static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   // the ceiling of x - u: as no integer lies between, also of x - u rounded upward
   static F stochastic(F x, F u) {
-    return _mm512_roundscale_ps(less_uniform(x, u), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    const F less = _mm512_sub_round_ps(x, u, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    return _mm512_roundscale_ps(less, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
   }
   static F truncate(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
   static F half_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -84,12 +100,9 @@ struct Lanes {
 
  private:
   static F widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-  static __m128i nearest(F v) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)); }
-  static __m128i drawn(F v, F u) {
-    return _mm512_cvtsepi32_epi8(
-        _mm512_cvt_roundps_epi32(less_uniform(v, u), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+  static __m128i within(__m128i x, int8_t low, int8_t high) {
+    return _mm_min_epi8(_mm_max_epi8(x, _mm_set1_epi8(low)), _mm_set1_epi8(high));
   }
-  static F less_uniform(F v, F u) { return _mm512_sub_round_ps(v, u, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
   static __m128i bytes(F v) {
     return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
   }
@@ -122,10 +135,12 @@ struct Lanes {
   static void store(float* p, F v, Mask) { *p = v; }
   static void store(int8_t* p, F v) { *p = v == v ? int8_t(v) : int8_t(0); }
   static void store(int8_t* p, F v, Mask) { store(p, v); }
-  static void store_nearest(int8_t* p, F v) { *p = int8_t(half_even(v)); }
-  static void store_nearest(int8_t* p, F v, Mask) { store_nearest(p, v); }
-  static void store_stochastic(int8_t* p, F v, F u) { *p = int8_t(stochastic(v, u)); }
-  static void store_stochastic(int8_t* p, F v, F u, Mask) { store_stochastic(p, v, u); }
+  static I nearest(F t) { return I(half_even(t)); }
+  static I drawn(F t, F u, F unit) { return I(stochastic(t, u * unit)); }
+  static void store_codes(int8_t* p, I x, int8_t low, int8_t high) {
+    *p = int8_t(x < low ? low : x > high ? high : x);
+  }
+  static void store_codes(int8_t* p, I x, int8_t low, int8_t high, Mask) { store_codes(p, x, low, high); }
   static F quotient(F x, F scale, F) { return x / scale; }
   static F set(float x) { return x; }
   static I set(int32_t x) { return x; }
@@ -589,53 +604,103 @@ void cast_table(const CastFormat& format, const CastTile& tile) {
 // division: with y the inverse of b to the nearest, and q within one ulp of a / b, fma(fma(-q, b, a), y, q) is a / b to
 // the nearest (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). a y is
 // within two ulp, and a first such step brings it within one.
+//
+// The codes are rounded first and then cut to low and high, which are integers.
+template <class X, bool stochastic>
+struct Encoder {
+  const X* x;
+  const CastTile& tile;
+  int8_t low, high;
+
+  // a vector of codes of row r from column c on, or a part of it
+  template <class... Part>
+  void one(int64_t r, int64_t c, LaneF scale, LaneF inverse, Part... part) const {
+    fetch_vector(x + r * tile.x_row + c + tile.ahead);
+    Lanes::store_codes(to(r, c), code(r, c, scale, inverse, part...), low, high, part...);
+  }
+#if defined(__AVX512F__)
+  // four vectors
+  void four(int64_t r, int64_t c, const LaneF (&scale)[4], const LaneF (&inverse)[4]) const {
+    LaneI codes[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = c + i * Lanes::count;
+      if (i % (64 / (Lanes::count * sizeof(X))) == 0) fetch(x + r * tile.x_row + at + tile.ahead);
+      codes[i] = code(r, at, scale[i], inverse[i]);
+    }
+    fetch(to(r, c) + tile.out_ahead);
+    Lanes::store_codes(to(r, c), codes, low, high);
+  }
+#endif
+
+ private:
+  int8_t* to(int64_t r, int64_t c) const { return static_cast<int8_t*>(tile.out) + r * tile.out_row + c; }
+  template <class... Part>
+  LaneI code(int64_t r, int64_t c, LaneF scale, LaneF inverse, Part... part) const {
+    using L = Lanes;
+    const LaneF t = L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse);
+    if constexpr (stochastic) return L::drawn(t, L::load(tile.u + r * tile.u_row + c, part...), L::set(tile.u_unit));
+    else return L::nearest(t);
+  }
+};
+
 template <class X, bool stochastic, bool scale_column, bool drawing>
 void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
   using L = Lanes;
-  const LaneF low = L::set(format.low), high = L::set(format.high);
+  constexpr int64_t count = L::count, wide = count > 1 ? 4 * count : 0;
   CastTile tile = given;
-  if (!scale_column && tile.scale_row == 0 && tile.x_row == tile.columns && tile.out_row == tile.columns &&
-      (!stochastic || tile.u_row == tile.columns))
+  const bool gapless =
+      tile.x_row == tile.columns && tile.out_row == tile.columns && (!stochastic || tile.u_row == tile.columns);
+  if (!scale_column && tile.scale_row == 0 && gapless)
     tile.columns *= tile.rows, tile.rows = 1;  // short rows cost more than their elements
-  int8_t* out = static_cast<int8_t*>(tile.out);
-  const auto encode = [&](int64_t r, int64_t c, LaneF scale, LaneF inverse, auto... part) {
-    fetch_vector(x + r * tile.x_row + c + tile.ahead);
-    const LaneF t = cut(L::quotient(L::load(x + r * tile.x_row + c, part...), scale, inverse), low, high);
-    int8_t* to = out + r * tile.out_row + c;
-    if constexpr (stochastic)
-      L::store_stochastic(to, t, L::load(tile.u + r * tile.u_row + c, part...) * L::set(tile.u_unit), part...);
-    else
-      L::store_nearest(to, t, part...);
+  const Encoder<X, stochastic> encode = {x, tile, int8_t(format.low), int8_t(format.high)};
+  const auto load = [](const float* p, LaneF (&to)[4]) {
+    for (int i = 0; i < 4; ++i) to[i] = L::load(p + i * L::count);
   };
-  const int64_t rest = tile.columns % L::count, whole = tile.columns - rest;
+  const int64_t rest = tile.columns % count, whole = tile.columns - rest;
+  const int64_t in_fours = wide == 0 ? 0 : tile.columns / wide * wide;
   const auto last = L::first(rest);
-  if constexpr (scale_column && !drawing && L::count > 1) {
-    // the rows of a vector of columns one after another: its scales stay in registers
+  LaneF scales[4], inverses[4];
+  if constexpr (scale_column && !drawing && count > 1) {
+    // the rows of some vectors of columns one after another: their scales stay in registers
     if (tile.scale_row == 0) {
-      for (int64_t c = 0; c < whole; c += L::count) {
+      int64_t c = 0;
+      for (; c < in_fours; c += wide) {
+        load(tile.scale + c, scales), load(tile.inverse + c, inverses);
+        for (int64_t r = 0; r < tile.rows; ++r) encode.four(r, c, scales, inverses);
+      }
+      for (; c < whole; c += count) {
         const LaneF scale = L::load(tile.scale + c), inverse = L::load(tile.inverse + c);
-        for (int64_t r = 0; r < tile.rows; ++r) encode(r, c, scale, inverse);
+        for (int64_t r = 0; r < tile.rows; ++r) encode.one(r, c, scale, inverse);
       }
       if (rest) {
         const LaneF scale = L::load(tile.scale + whole, last), inverse = L::load(tile.inverse + whole, last);
-        for (int64_t r = 0; r < tile.rows; ++r) encode(r, whole, scale, inverse, last);
+        for (int64_t r = 0; r < tile.rows; ++r) encode.one(r, whole, scale, inverse, last);
       }
       return;
     }
   }
   typename ChooseDraw<drawing>::type draw(tile.draw);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const float *scales = tile.scale + r * tile.scale_row, *inverses = tile.inverse + r * tile.scale_row;
-    LaneF scale = L::set(*scales), inverse = L::set(*inverses);
-    for (int64_t c = 0; c < whole; c += L::count) {
-      draw.until(tile, r, c + L::count);
-      if constexpr (scale_column) scale = L::load(scales + c), inverse = L::load(inverses + c);
-      encode(r, c, scale, inverse);
+    const float *of_scale = tile.scale + r * tile.scale_row, *of_inverse = tile.inverse + r * tile.scale_row;
+    if constexpr (!scale_column)
+      for (int i = 0; i < 4; ++i) scales[i] = L::set(*of_scale), inverses[i] = L::set(*of_inverse);
+    int64_t c = 0;
+    if constexpr (count > 1)
+      for (; c < in_fours; c += wide) {
+        draw.until(tile, r, c + wide);
+        if constexpr (scale_column) load(of_scale + c, scales), load(of_inverse + c, inverses);
+        encode.four(r, c, scales, inverses);
+      }
+    for (; c < whole; c += count) {
+      draw.until(tile, r, c + count);
+      if constexpr (scale_column) scales[0] = L::load(of_scale + c), inverses[0] = L::load(of_inverse + c);
+      encode.one(r, c, scales[0], inverses[0]);
     }
     if (rest) {
       draw.until(tile, r, tile.columns);
-      if constexpr (scale_column) scale = L::load(scales + whole, last), inverse = L::load(inverses + whole, last);
-      encode(r, whole, scale, inverse, last);
+      if constexpr (scale_column)
+        scales[0] = L::load(of_scale + whole, last), inverses[0] = L::load(of_inverse + whole, last);
+      encode.one(r, whole, scales[0], inverses[0], last);
     }
   }
 }

@@ -270,7 +270,7 @@ struct Cast {
   const float* inverse = nullptr;  // see CastTile
   void* out = nullptr;
   PhiloxWords key = {};
-  int64_t ahead = 0;  // see CastTile
+  int64_t ahead = 0, out_ahead = 0;  // rows, see CastTile
 };
 
 struct Buffers {
@@ -284,7 +284,7 @@ lowbit::CastTile cast_tile(const CastKernels& kernels, const Cast& job, int64_t 
   const Axis &rows = job.tiles.rows, &columns = job.tiles.columns;
   lowbit::CastTile t = {};
   job.x.place(t, part, job.tiles, job.inverse == nullptr, buffers.x);
-  t.ahead = job.ahead;
+  t.ahead = job.ahead * rows.x, t.out_ahead = job.out_ahead * rows.out;
   t.scale_column = columns.block != 0;
   const auto of_tile = [&](const float* values, std::vector<float>& buffer) {
     t.scale_row = rows.block;
@@ -601,12 +601,13 @@ void cast_both(const CastKernels& kernels, const Tiling& seen, const Cast& near,
   for (int64_t piece = 0; piece < pieces; ++piece)
     for (int64_t b = 0; b < far_blocks; ++b) merge_high(far_scales.scale[b], highs[size_t(piece * far_blocks + b)]);
   far.inverse = far_scales.finish({0, far_blocks});
+  far.out_ahead = -far.tiles.tile_rows;
   const int64_t unit = near.tiles.unit(), units = near.tiles.tiles / unit;
   const bool one_draw = near.key.given && near.key == far.key;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     Buffers buffers;
     Cast own = near;
-    own.ahead = -near.tiles.tile_rows * near.tiles.rows.x;
+    own.ahead = own.out_ahead = -near.tiles.tile_rows;
     for (int64_t u = units * end / pieces; u-- > units * begin / pieces;) {
       own.inverse = near_scales.usable(blocks_of(near.tiles, u));
       for (int64_t tile = (u + 1) * unit; tile-- > u * unit;) {

@@ -79,7 +79,8 @@ struct Tiling {
     for (const Axis& a : outer) tiles *= a.size;
   }
 
-  Part part(int64_t tile) const {
+  // inline, or else two numbers just stored one by one are loaded at once, and that waits for all stores before
+  [[gnu::always_inline]] Part part(int64_t tile) const {
     Part p;
     const auto move = [&p](const Axis& a, int64_t by) {
       p.at.x += by * a.x, p.at.out += by * a.out, p.at.block += by * a.block, p.at.u += by * a.u;
