@@ -646,7 +646,7 @@ struct Encoder {
 template <class X, bool stochastic, bool scale_column, bool drawing>
 void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
   using L = Lanes;
-  constexpr int64_t count = L::count, wide = count > 1 ? 4 * count : 0;
+  constexpr int64_t count = L::count, wide = 4 * count;
   CastTile tile = given;
   const bool gapless =
       tile.x_row == tile.columns && tile.out_row == tile.columns && (!stochastic || tile.u_row == tile.columns);
@@ -657,7 +657,7 @@ void codes_tile(const CastFormat& format, const CastTile& given, const X* x) {
     for (int i = 0; i < 4; ++i) to[i] = L::load(p + i * L::count);
   };
   const int64_t rest = tile.columns % count, whole = tile.columns - rest;
-  const int64_t in_fours = wide == 0 ? 0 : tile.columns / wide * wide;
+  const int64_t in_fours = count > 1 ? tile.columns / wide * wide : 0;
   const auto last = L::first(rest);
   LaneF scales[4], inverses[4];
   if constexpr (scale_column && !drawing && count > 1) {
@@ -736,6 +736,62 @@ void cast(const CastFormat& format, const CastTile& tile) {
 
 // |x| as an integer: NaN is larger than infinity
 inline LaneI magnitude(LaneF x) { return Lanes::bit_and(Lanes::bits(x), Lanes::set(INT32_MAX)); }
+
+#if defined(__AVX512F__)
+// Magnitudes of bfloat16 as integers of 16 bits, in the order of those of 32.
+struct Halves {
+  static constexpr int64_t count = 32;
+  __m512i v = _mm512_setzero_si512();
+
+  void merge(const uint16_t* x, __mmask32 part = ~__mmask32(0)) {
+    v = _mm512_max_epu16(v, _mm512_and_si512(_mm512_maskz_loadu_epi16(part, x), _mm512_set1_epi16(INT16_MAX)));
+  }
+  // the magnitudes of the first and the other sixteen as those of 32 bits
+  LaneI low() const { return {_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16)}; }
+  LaneI high() const { return {_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16)}; }
+};
+
+// `absmax_tile` of bfloat16: half as many instructions as by way of float32.
+void absmax_tile(const BlockTile& given, const uint16_t* first) {
+  using L = Lanes;
+  BlockTile tile = given;
+  if (!tile.block_column && tile.block_row == 0 && tile.x_row == tile.columns)
+    tile.columns *= tile.rows, tile.rows = 1;
+  const auto part = [&](int64_t c) { return __mmask32(tile.columns - c >= 32 ? -1 : (1u << (tile.columns - c)) - 1); };
+  if (tile.block_column) {
+    const int64_t together = tile.block_row == 0 ? tile.rows : 1;  // rows that share blocks
+    for (int64_t begin = 0; begin < tile.rows; begin += together)
+      for (int64_t c = 0; c < tile.columns; c += 2 * Halves::count) {
+        Halves most[2];
+        for (int64_t r = begin; r < begin + together; ++r)
+          for (int i = 0; i < 2 && c + i * Halves::count < tile.columns; ++i) {
+            const uint16_t* x = first + r * tile.x_row + c + i * Halves::count;
+            fetch(x + rows_ahead * tile.x_row);
+            most[i].merge(x, part(c + i * Halves::count));
+          }
+        const LaneI found[4] = {most[0].low(), most[0].high(), most[1].low(), most[1].high()};
+        float* high = tile.high + begin * tile.block_row + c;
+        for (int64_t i = 0; i < 4 && c + i * L::count < tile.columns; ++i) {
+          const int64_t left = tile.columns - c - i * L::count;
+          const auto in = L::first(left < L::count ? left : L::count);
+          L::store(high + i * L::count, L::real(L::larger(found[i], L::bits(L::load(high + i * L::count, in)))), in);
+        }
+      }
+    return;
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const uint16_t* x = first + r * tile.x_row;
+    float* high = tile.high + r * tile.block_row;
+    Halves most;
+    for (int64_t c = 0; c < tile.columns; c += Halves::count) {
+      fetch(x + c + elements_ahead);
+      most.merge(x + c, part(c));
+    }
+    const int32_t bits = L::largest(L::larger(L::larger(most.low(), most.high()), L::bits(L::set(*high))));
+    memcpy(high, &bits, sizeof bits);
+  }
+}
+#endif
 
 template <class X>
 void absmax_tile(const BlockTile& given, const X* first) {

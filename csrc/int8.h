@@ -49,7 +49,7 @@ struct Int8Product {
   void* out;
   int64_t out_row;
   bool bfloat16;
-  bool stream;  // past the caches: float32, `columns` whole panels, `out` and rows multiples of 64 bytes
+  bool stream;  // past the caches: `columns` whole panels, `out`, rows and pairs of panels multiples of 64 bytes
   int64_t left_scale_step;
   const float* right_scale;
   const float* bias;

@@ -16,14 +16,25 @@ inline uint16_t bfloat16_bits(float x) {
   return (bits & 0x7fffffff) > 0x7f800000 ? uint16_t(0x7fc0) : uint16_t(rounded);
 }
 
+#if defined(__AVX512F__)
+// bfloat16 in the upper halves
+inline __m512i as_bfloat16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+inline __m512i as_bfloat16(__m512 x, __m512 y) {
+  alignas(64) static constexpr int16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(as_bfloat16(x), _mm512_load_si512(upper), as_bfloat16(y));
+}
+#endif
+
 inline void store_bfloat16(uint16_t* out, Vec::F x) {
 #if defined(__AVX512F__)
-  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                                                _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(rounded));
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(as_bfloat16(x), 16)));
 #else
   float line[Vec::lanes];
   Vec::store(line, x);
@@ -100,7 +111,9 @@ __attribute__((noinline)) void tile_sums(const Int8Product& job, const uint8_t* 
 }
 
 // How the results of whole panels are stored.
-enum class Stored { real, past_caches, bfloat16 };
+enum class Stored { real, real_past_caches, bfloat16, bfloat16_past_caches };
+template <Stored how>
+struct How { static constexpr Stored value = how; };
 
 // `finish` for a tile of whole panels; scales and bias of the columns stay in registers.
 template <int Panels, Stored how>
@@ -116,16 +129,29 @@ void finish_whole(const Int8Product& job, const Int8Rows& group, int64_t row, in
   const float* left_scale = group.left_scale + row * job.left_scale_step;
   for (int64_t i = 0; i < rows; ++i, sums += Panels * int8_panel, at += job.out_row, left_scale += job.left_scale_step) {
     const Vec::F left = Vec::set(*left_scale);
+    Vec::F result[width];
     for (int v = 0; v < width; ++v) {
       const Vec::F real = Dot::real(Dot::load_sums(sums + v * Dot::lanes));
-      const Vec::F result = Vec::add(Vec::mul(real, Vec::mul(left, scale[v])), bias[v]);
-      const int64_t to = at + v * Vec::lanes;
-      if (how == Stored::bfloat16) store_bfloat16((uint16_t*)job.out + to, result);
-#if defined(__AVX512F__)
-      else if (how == Stored::past_caches) _mm512_stream_ps((float*)job.out + to, result);
-#endif
-      else Vec::store((float*)job.out + to, result);
+      result[v] = Vec::add(Vec::mul(real, Vec::mul(left, scale[v])), bias[v]);
     }
+    float* const reals = (float*)job.out + at;
+    uint16_t* const bits = (uint16_t*)job.out + at;
+#if defined(__AVX512F__)
+    if constexpr (how == Stored::real_past_caches) {
+      for (int v = 0; v < width; ++v) _mm512_stream_ps(reals + v * Vec::lanes, result[v]);
+      continue;
+    } else if constexpr (how != Stored::real && width % 2 == 0) {
+      for (int v = 0; v < width; v += 2) {
+        const __m512i line = as_bfloat16(result[v], result[v + 1]);
+        if (how == Stored::bfloat16) _mm512_storeu_si512(bits + v * Vec::lanes, line);
+        else _mm512_stream_si512((__m512i*)(bits + v * Vec::lanes), line);
+      }
+      continue;
+    }
+#endif
+    for (int v = 0; v < width; ++v)
+      if (how == Stored::bfloat16 || how == Stored::bfloat16_past_caches) store_bfloat16(bits + v * Vec::lanes, result[v]);
+      else Vec::store(reals + v * Vec::lanes, result[v]);
   }
 }
 
@@ -134,9 +160,12 @@ template <int Panels>
 void finish_tile(const Int8Product& job, const Int8Rows& group, int64_t row, int64_t rows, int64_t column,
                  const int32_t* sums) {
   if (job.first && job.last && job.columns - column >= Panels * int8_panel) {
-    if (job.bfloat16) return finish_whole<Panels, Stored::bfloat16>(job, group, row, rows, column, sums);
-    if (job.stream) return finish_whole<Panels, Stored::past_caches>(job, group, row, rows, column, sums);
-    return finish_whole<Panels, Stored::real>(job, group, row, rows, column, sums);
+    const auto whole = [&](auto how) { finish_whole<Panels, how.value>(job, group, row, rows, column, sums); };
+    if (!job.bfloat16 && !job.stream) return whole(How<Stored::real>());
+    if (!job.bfloat16) return whole(How<Stored::real_past_caches>());
+    // whole lines, if the first one is
+    const bool past = job.stream && uintptr_t((uint16_t*)job.out + group.out + row * job.out_row + column) % 64 == 0;
+    return past ? whole(How<Stored::bfloat16_past_caches>()) : whole(How<Stored::bfloat16>());
   }
   for (int64_t i = 0; i < rows; ++i, sums += Panels * int8_panel) {
     const int64_t at = group.out + (row + i) * job.out_row + column;

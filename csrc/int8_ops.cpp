@@ -99,7 +99,8 @@ void expand(const float* x, int64_t count, int64_t groups, int64_t n, float* out
 constexpr int64_t streamed_matrix = 1 << 20, streamed_images = 1 << 24;
 
 bool whole_lines(const Tensor& out, int64_t columns, int64_t least_bytes) {
-  return out.scalar_type() == ScalarType::Float && out.numel() * 4 >= least_bytes && columns % int8_panel == 0 &&
+  const int64_t bytes = out.scalar_type() == ScalarType::Float ? 4 : 2;
+  return out.numel() * bytes >= least_bytes && columns * bytes % 64 == 0 &&
          reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
 }
 
@@ -751,7 +752,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     const int64_t at = (group * filters + column) * channels * taps + channel * apart;
     job.out = static_cast<uint8_t*>(out_data) + at * (bfloat16 ? 2 : 4);
     constexpr int64_t line = int8_panel;  // floats in a cache line
-    job.stream = whole_lines(out, channels * apart, streamed_matrix) && at % line == 0 && count * apart % line == 0;
+    job.stream = !bfloat16 && whole_lines(out, channels * apart, streamed_matrix) && at % line == 0 && count * apart % line == 0;
     kernels.finish_grad_w(job);
   };
 
