@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,14 +139,29 @@ class PointwiseLinear(nn.Conv2d):
         return y.permute(0, 2, 3, 1).reshape(rows, -1)
 
 
-def linear_calls(tokens: int, inputs: int, outputs: int) -> Calls:
+BETWEEN = "int8, bfloat16 between"
+"""An int8 layer in a bfloat16 model: what enters and what leaves it is bfloat16; its weight is float32, as under
+autocast."""
+KINDS = ("int8", "float32", "bfloat16")
+GROUPS = {KINDS: "", (BETWEEN, "bfloat16"): ", bfloat16 between"}
+"""What is compared: layers between float32 tensors (bfloat16 has its own), and both between bfloat16 tensors."""
+
+
+def of_kind(kind: str, layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A layer and its input as "int8", `BETWEEN`, "float32" or "bfloat16"."""
+    if kind.startswith("int8"):
+        layer = lowbit.apply(layer, lowbit.create("int8"))
+    elif kind == "bfloat16":
+        layer = layer.bfloat16()
+    return layer, x.bfloat16() if "bfloat16" in kind else x
+
+
+def linear_calls(tokens: int, inputs: int, outputs: int, kinds: Sequence[str] = KINDS) -> Calls:
     x = torch.randn(tokens, inputs)
-    return {
-        ("int8", ""): layer_step(lowbit.apply(nn.Linear(inputs, outputs), lowbit.create("int8")), x),
-        ("float32", ""): layer_step(nn.Linear(inputs, outputs), x),
-        ("float32 by oneDNN's 1x1 convolution", ""): layer_step(PointwiseLinear(inputs, outputs, 1), x),
-        ("bfloat16", ""): layer_step(nn.Linear(inputs, outputs).bfloat16(), x.bfloat16()),
-    }
+    calls: Calls = {(kind, ""): layer_step(*of_kind(kind, nn.Linear(inputs, outputs), x)) for kind in kinds}
+    if "float32" in kinds:
+        calls["float32 by oneDNN's 1x1 convolution", ""] = layer_step(PointwiseLinear(inputs, outputs, 1), x)
+    return calls
 
 
 LINEAR = ((384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768))
@@ -157,21 +172,20 @@ LINEAR = ((384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 
 def linear(s: Settings) -> list[Case]:
     cases = []
     for inputs, outputs in ((32, 64),) if s.quick else LINEAR:
-        calls = linear_calls(64 if s.quick else 2048, inputs, outputs)
-        cases += s.run(f"{inputs} to {outputs}", calls, TARGETS["linear"])
+        for kinds, what in GROUPS.items():
+            calls = linear_calls(64 if s.quick else 2048, inputs, outputs, kinds)
+            cases += s.run(f"{inputs} to {outputs}{what}", calls, TARGETS["linear"])
     return cases
 
 
-def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int) -> Calls:
+def conv_calls(
+    batch: int, inputs: int, outputs: int, size: int, kernel: int, kinds: Sequence[str] = KINDS
+) -> Calls:
     calls: Calls = {}
-    for kind in ("int8", "float32", "bfloat16"):
+    for kind in kinds:
         for layout, order in LAYOUTS.items():
-            layer: nn.Module = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-            x = torch.randn(batch, inputs, size, size)
-            if kind.startswith("int8"):
-                layer = lowbit.apply(layer, lowbit.create("int8"))
-            elif kind == "bfloat16":
-                layer, x = layer.bfloat16(), x.bfloat16()
+            conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+            layer, x = of_kind(kind, conv, torch.randn(batch, inputs, size, size))
             layer.to(memory_format=order)  # type: ignore[call-overload]
             calls[kind, layout] = layer_step(layer, x.to(memory_format=order))
     return calls
@@ -216,10 +230,12 @@ def conv(s: Settings) -> list[Case]:
     cases = []
     for inputs, outputs, size, kernel in ((8, 8, 8, 3),) if s.quick else CONV:
         batch = 2 if s.quick else 16
-        calls = conv_calls(batch, inputs, outputs, size, kernel)
         pixels = batch * size**2
-        calls["the bytes that int8 moves, alone", ""] = moving_bytes(pixels * inputs, pixels * outputs)
-        cases += s.run(f"{kernel}x{kernel}, {inputs} to {outputs}, {size}x{size}", calls, TARGETS["conv"])
+        for kinds, what in GROUPS.items():
+            calls = conv_calls(batch, inputs, outputs, size, kernel, kinds)
+            if "float32" in kinds:
+                calls["the bytes that int8 moves, alone", ""] = moving_bytes(pixels * inputs, pixels * outputs)
+            cases += s.run(f"{kernel}x{kernel}, {inputs} to {outputs}, {size}x{size}{what}", calls, TARGETS["conv"])
     return cases
 
 
