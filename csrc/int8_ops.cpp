@@ -104,21 +104,26 @@ bool whole_lines(const Tensor& out, int64_t columns, int64_t least_bytes) {
          reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
 }
 
+// Whether kernels can take codes as left rows where they lie, `row` bytes apart.
+bool taken_as_is(const Int8Kernels& kernels, const int8_t* data, int64_t row) {
+  return kernels.plain_left && row % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+}
+
 // ---- matrix product ----
 
-Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                   std::optional<Tensor> bias, ScalarType dtype) {
+// A matrix that codes make: `view` with the strides of an axis of one element at will.
+struct Matrix {
+  Int8View view;
+  int64_t rows, columns;
+  Matrix(const int8_t* data, int64_t m, int64_t n, int64_t row, int64_t column)
+      : view{data, m == 1 ? n : row, n == 1 ? 1 : column}, rows(m), columns(n) {}
+};
+
+void multiply_matrices(const Matrix& a, const Matrix& b, const Tensor& a_scale, const Tensor& b_scale,
+                       const std::optional<Tensor>& bias, Tensor& out) {
   const Int8Kernels& kernels = lowbit::kernels().int8;
-  const bool bfloat16 = check_dtype(dtype);
-  check_codes(a, 2), check_codes(b, 2);
-  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-  STD_TORCH_CHECK(b.size(0) == depth, "int8_matmul needs a (M, K) and b (K, N), got (", rows, ", ", depth, ") and (",
-                  b.size(0), ", ", columns, ")");
-  check_vector(a_scale, rows, true, "a_scale"), check_vector(b_scale, columns, true, "b_scale");
-  if (bias) check_vector(*bias, columns, false, "bias");
-  const int64_t shape[2] = {rows, columns};
-  Tensor out = lowbit::fresh(torch::stable::empty({shape, 2}, dtype));
-  if (rows == 0 || columns == 0) return out;
+  const bool bfloat16 = out.scalar_type() == ScalarType::BFloat16;
+  const int64_t rows = a.rows, depth = a.columns, columns = b.columns;
 
   // pieces of the depth, so that a panel and some rows fit the cache
   constexpr int64_t piece_depth = 4096;
@@ -143,8 +148,8 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   const int64_t part = 0;
   auto right_of = [&](int64_t p) {
     Int8Right job;
-    job.source = {b.const_data_ptr<int8_t>() + p * piece * b.stride(0), depth == 1 ? 1 : b.stride(0),
-                  columns == 1 ? 1 : b.stride(1)};
+    job.source = b.view;
+    job.source.data += p * piece * b.view.row;
     job.parts = &part, job.segment_count = 1, job.part_count = 1;
     job.part_depth = job.part_codes = std::min(piece, depth - p * piece);
     job.steps = up(job.part_depth, kernels.depth_unit) / 4;
@@ -165,9 +170,8 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   const int64_t ranges_wanted = bands < threads ? std::min(cuts(threads, bands), cuts(panels, kernels.most_panels)) : 1;
   const int64_t range = up(cuts(panels, ranges_wanted), kernels.most_panels), ranges = cuts(panels, range);
   // Rows that kernels can take as they lie are not copied.
-  const Int8View view = {a.const_data_ptr<int8_t>(), rows == 1 ? depth : a.stride(0), depth == 1 ? 1 : a.stride(1)};
-  const bool in_place = kernels.plain_left && view.column == 1 && view.row % 64 == 0 && depth % 64 == 0 &&
-                        reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+  const Int8View& view = a.view;
+  const bool in_place = view.column == 1 && depth % 64 == 0 && taken_as_is(kernels, view.data, view.row);
   // a copy's rows are not a multiple of 4096 apart: they would share the sets of the L1 cache
   const int64_t pitch = in_place ? view.row : up(piece, 64) + 64;
   const int64_t left_step = a_scale.size(0) == 1 ? 0 : 1;
@@ -226,6 +230,22 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
       if (is_long) kernels.finish_long(job, long_sums, sums_row);
     }
   });
+}
+
+Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                   std::optional<Tensor> bias, ScalarType dtype) {
+  check_dtype(dtype);
+  check_codes(a, 2), check_codes(b, 2);
+  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+  STD_TORCH_CHECK(b.size(0) == depth, "int8_matmul needs a (M, K) and b (K, N), got (", rows, ", ", depth, ") and (",
+                  b.size(0), ", ", columns, ")");
+  check_vector(a_scale, rows, true, "a_scale"), check_vector(b_scale, columns, true, "b_scale");
+  if (bias) check_vector(*bias, columns, false, "bias");
+  const int64_t shape[2] = {rows, columns};
+  Tensor out = lowbit::fresh(torch::stable::empty({shape, 2}, dtype));
+  if (rows == 0 || columns == 0) return out;
+  multiply_matrices({a.const_data_ptr<int8_t>(), rows, depth, a.stride(0), a.stride(1)},
+                    {b.const_data_ptr<int8_t>(), depth, columns, b.stride(0), b.stride(1)}, a_scale, b_scale, bias, out);
   return out;
 }
 
@@ -291,10 +311,16 @@ Tensor channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtyp
 // One image's channels of one group, wherever they lie; an axis of one element has no stride that matters.
 struct Images {
   const int8_t* data;
+  int64_t samples;
   int64_t sample, channel, y, x;  // strides
   int64_t height, width;
+  // whether all pixels are `x` apart
+  bool pixels_in_line() const {
+    return (height == 1 || y == width * x) && (samples == 1 || sample == height * width * x);
+  }
   explicit Images(const Tensor& t)
       : data(t.const_data_ptr<int8_t>()),
+        samples(t.size(0)),
         sample(t.stride(0)),
         channel(t.size(1) == 1 ? 1 : t.stride(1)),
         y(t.stride(2)),
@@ -434,9 +460,14 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
   const int64_t left_step = left_scale.size(0) == 1 ? 0 : 1;
   const float* const left_scales = left_scale.const_data_ptr<float>();
   void* const out_data = out.mutable_data_ptr();
+  // a source without margins can be its own box
+  const bool in_place = !plan.depthwise && source.channel == 1 && source.x == plan.channels && y_low >= 0 && x_low >= 0 &&
+                        box_height(most_rows) + y_low <= source.height && box_width(most_columns) + x_low <= source.width &&
+                        plan.channels % 64 == 0 && source.y % 64 == 0 && source.sample % 64 == 0 &&
+                        taken_as_is(kernels, source.data, plan.channels);
   const int64_t cost = images * rows * columns * plan.columns * depth;
   torch::stable::parallel_for(0, groups * blocks, grain(cost), [&](int64_t begin, int64_t end) {
-    uint8_t* const left = task_scratch.reserve(images * box_bytes + int8_slack);
+    uint8_t* const left = task_scratch.reserve(in_place ? 0 : images * box_bytes + int8_slack);
     std::vector<Int8Rows> lines;
     std::vector<int64_t> segments;
     for (int64_t task = begin; task < end; ++task) {
@@ -450,8 +481,12 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       box.y = y * plan.y_step + y_low, box.x = x * plan.x_step + x_low;
       box.box_height = box_height(std::min(rows, most_rows - y));
       box.box_width = box_width(std::min(columns, most_columns - x));
-      const int64_t box_line = box.box_width * plan.channels;
-      for (int64_t n = image; n < image_end; ++n) {
+      const int64_t box_line = in_place ? source.y : box.box_width * plan.channels;
+      const auto box_of = [&](int64_t n) -> const uint8_t* {
+        if (!in_place) return left + (n - image) * box_bytes;
+        return reinterpret_cast<const uint8_t*>(source.data) + n * source.sample + box.y * source.y + box.x * source.x;
+      };
+      for (int64_t n = image; n < image_end && !in_place; ++n) {
         box.source = source.data + n * source.sample + g * plan.channels * source.channel;
         box.left = left + (n - image) * box_bytes;
         kernels.pack_box(box);
@@ -463,14 +498,14 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
         for (size_t s = 0; s < phase.dy.size(); ++s)
           segments.push_back((phase.dy[s] - y_low) * box_line + (phase.dx[s] - x_low) * plan.channels);
         // rows that follow each other in the source and in the result are one long row
-        const bool joined = here_columns * plan.x_step == plan.y_step * box.box_width && plan.out_x_step == 1 &&
+        const bool joined = here_columns * plan.x_step * plan.channels == plan.y_step * box_line && plan.out_x_step == 1 &&
                             plan.out_y_step == 1 && here_columns == out_width;
         lines.clear();
         for (int64_t n = image; n < image_end; ++n)
           for (int64_t i = 0; i < (joined ? 1 : here_rows); ++i) {
             const int64_t out_y = phase.out_y + (y + i) * plan.out_y_step;
             const int64_t out_x = phase.out_x + x * plan.out_x_step;
-            lines.push_back({left + (n - image) * box_bytes + i * plan.y_step * box_line,
+            lines.push_back({box_of(n) + i * plan.y_step * box_line,
                              ((n * out_height + out_y) * out_width + out_x) * out_channels + g * plan.columns,
                              left_scales + n * left_step, nullptr});
           }
@@ -681,6 +716,17 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     depthwise_grad_w(kernels, g, Images(x), Images(e), e_scale, x_scale, out, bfloat16);
     return out;
   }
+  // of few pixels it is faster as the product of two matrices, where it is one
+  constexpr int64_t few_pixels = 1 << 14;
+  const int64_t pixels = g.samples * g.out_height * g.out_width;
+  const Images source(x), error(e);
+  const bool pointwise = g.taps() == 1 && groups == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 &&
+                         g.padding[1] == 0;
+  if (pointwise && pixels > 0 && pixels <= few_pixels && source.pixels_in_line() && error.pixels_in_line()) {
+    multiply_matrices({error.data, g.filters, pixels, error.channel, error.x},
+                      {source.data, pixels, g.channels, source.x, source.channel}, e_scale, x_scale, std::nullopt, out);
+    return out;
+  }
 
   // a line is a row of e or, where that is long, a piece of one; lines are numbered (piece, sample, row)
   constexpr int64_t most_width = 512;
@@ -734,7 +780,6 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   int32_t* const all_sums = reinterpret_cast<int32_t*>(base + sums_at);
   float* const scales = reinterpret_cast<float*>(base + scale_at);
   expand(e_scale.const_data_ptr<float>(), e_scale.size(0), groups, filters, scales);
-  const Images source(x), error(e);
   const int64_t left_step = x_scale.size(0) == 1 ? 0 : 1;
   const float* const left_scales = x_scale.const_data_ptr<float>();
   void* const out_data = out.mutable_data_ptr();

@@ -209,6 +209,11 @@ LARGE = [
     (16, 160, 144, 14, 1, 1, 0, 1),
     (9, 64, 64, 28, 3, 2, 1, 4),
     (5, 130, 130, 12, 3, 1, 1, 130),
+    (3, 64, 48, 20, 1, 1, 0, 1),  # images that can be taken as they lie, whole and every other pixel, and a larger kernel
+    (3, 64, 128, 21, 1, 2, 0, 1),
+    (2, 64, 32, 15, 3, 1, 0, 1),
+    (2, 64, 64, 9, 1, 2, 4, 1),  # as many pixels as before, but others
+    (5, 96, 64, 70, 1, 1, 0, 1),  # grad_w of more pixels than a product of matrices takes
 ]
 
 
@@ -233,30 +238,44 @@ def test_large_convolutions_equal_the_definition(isa: str, size: tuple[int, ...]
 
 
 @compiled
-@pytest.mark.parametrize("shape", [(530, 70, 512), (520, 64, 524)])  # whole lines, and rows that begin within one
-def test_large_matrices_equal_the_definition(isa: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# whole lines, rows that begin within one, and lines of float32 that are halves in bfloat16
+@pytest.mark.parametrize("shape", [(1050, 70, 512), (1040, 64, 524), (1010, 64, 528)])
+def test_large_matrices_equal_the_definition(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
-    assert 4 * m * n >= 1 << 20  # written past the caches
+    assert 2 * m * n >= 1 << 20  # written past the caches
     a, b, scale, other, bias = codes(m, k), codes(n, k).t(), scales(m), scales(n), torch.randn(n)
-    expected = MATMUL(a, b, scale, other, bias, torch.float32)
+    a[3], scale[3] = 1, 1e-42  # tiny results; then infinite ones and NaN
+    b[:, 2], other[2] = 0, float("inf")
+    b[:, 3], other[3] = 1, float("inf")
+    bias[:6] = 0.0
+    expected = MATMUL(a, b, scale, other, bias, dtype)
+    assert expected.isnan().any() and expected.isinf().any()
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert same(int8_matmul(a, b, scale, other, bias), expected)
+            assert same(int8_matmul(a, b, scale, other, bias, dtype), expected)
     finally:
         torch.set_num_threads(threads)
 
 
 @compiled
-@pytest.mark.parametrize("groups", [1, 2, 16])  # 16 channels of one group; 24 of each of two; a depthwise layer
-def test_large_images_equal_the_definition(isa: str, groups: int) -> None:
-    filters = {1: 16, 2: 48, 16: 16}[groups]
+@pytest.mark.parametrize(
+    ("groups", "filters", "dtype"),
+    [
+        (1, 16, torch.float32),
+        (2, 48, torch.float32),  # 24 channels of each of two groups
+        (16, 16, torch.float32),  # a depthwise layer
+        (1, 32, torch.bfloat16),
+    ],
+)
+def test_large_images_equal_the_definition(isa: str, groups: int, filters: int, dtype: torch.dtype) -> None:
     x, w = codes(4, 16, 262, 257), codes(filters, 16 // groups, 1, 1)
     x_scale, w_scale = scales(4), scales(filters)
-    y = int8_conv(x, w, x_scale, w_scale, groups=groups)
-    assert 4 * y.numel() >= 1 << 24  # written past the caches
-    assert same(y, CONV(x, w, x_scale, w_scale, None, [1, 1], [0, 0], [1, 1], groups, torch.float32))
+    y = int8_conv(x, w, x_scale, w_scale, groups=groups, dtype=dtype)
+    assert y.element_size() * y.numel() >= 1 << 24  # written past the caches
+    assert same(y, CONV(x, w, x_scale, w_scale, None, [1, 1], [0, 0], [1, 1], groups, dtype))
 
 
 @compiled
