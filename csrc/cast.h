@@ -49,7 +49,7 @@ struct CastTile {
   const float* zero;               // or null
   const float* offset;             // or null: taken off before and added to the values
   const float* step;               // or null: the factor of the values, where it is not `scale`
-  const float* inverse;            // null, or 1 / scale: see `codes_tile`
+  const float* inverse;            // null, or 1 / scale: see `Encoder`
   int64_t scale_row;               // of all numbers of blocks
   bool scale_column;               // one value for each column, otherwise for each row
   void* out;                       // float, or int8_t for codes

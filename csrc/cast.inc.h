@@ -47,7 +47,7 @@ struct Lanes {
     const __m512i above = _mm512_max_epi8(_mm512_permutexvar_epi32(order, mixed), _mm512_set1_epi8(low));
     _mm512_storeu_si512(p, _mm512_min_epi8(above, _mm512_set1_epi8(high)));
   }
-  static F quotient(F x, F scale, F inverse) {  // x / scale: see `codes_tile`
+  static F quotient(F x, F scale, F inverse) {  // x / scale: see `Encoder`
     F q = _mm512_mul_ps(x, inverse);
     q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, scale, x), inverse, q);

@@ -421,7 +421,7 @@ Blocks blocks_of(const Tiling& tiles, int64_t unit) {
           tiles.outer.empty() ? std::min(tiles.tile_rows, tiles.rows.size - unit * tiles.tile_rows) : 1};
 }
 
-// Scales that come from the data, and their inverses where `codes_tile` can do with them.
+// Scales that come from the data, and their inverses where codes can do with them.
 struct Scales {
   float *scale, *inverse;
   float denominator, most;  // of the scales that have inverses

@@ -461,9 +461,10 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
   const float* const left_scales = left_scale.const_data_ptr<float>();
   void* const out_data = out.mutable_data_ptr();
   // a source without margins can be its own box
-  const bool in_place = !plan.depthwise && source.channel == 1 && source.x == plan.channels && y_low >= 0 && x_low >= 0 &&
-                        box_height(most_rows) + y_low <= source.height && box_width(most_columns) + x_low <= source.width &&
-                        plan.channels % 64 == 0 && source.y % 64 == 0 && source.sample % 64 == 0 &&
+  const bool inside = y_low >= 0 && y_low + box_height(most_rows) <= source.height && x_low >= 0 &&
+                      x_low + box_width(most_columns) <= source.width;
+  const bool in_place = inside && !plan.depthwise && source.channel == 1 && source.x == plan.channels &&
+                        source.y % 64 == 0 && source.sample % 64 == 0 &&
                         taken_as_is(kernels, source.data, plan.channels);
   const int64_t cost = images * rows * columns * plan.columns * depth;
   torch::stable::parallel_for(0, groups * blocks, grain(cost), [&](int64_t begin, int64_t end) {
@@ -484,7 +485,8 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
       const int64_t box_line = in_place ? source.y : box.box_width * plan.channels;
       const auto box_of = [&](int64_t n) -> const uint8_t* {
         if (!in_place) return left + (n - image) * box_bytes;
-        return reinterpret_cast<const uint8_t*>(source.data) + n * source.sample + box.y * source.y + box.x * source.x;
+        const int8_t* const data = source.data + n * source.sample + g * plan.channels * source.channel;
+        return reinterpret_cast<const uint8_t*>(data) + box.y * source.y + box.x * source.x;
       };
       for (int64_t n = image; n < image_end && !in_place; ++n) {
         box.source = source.data + n * source.sample + g * plan.channels * source.channel;
@@ -498,8 +500,8 @@ void gather(const Int8Kernels& kernels, Gather& plan, const Images& source, int6
         for (size_t s = 0; s < phase.dy.size(); ++s)
           segments.push_back((phase.dy[s] - y_low) * box_line + (phase.dx[s] - x_low) * plan.channels);
         // rows that follow each other in the source and in the result are one long row
-        const bool joined = here_columns * plan.x_step * plan.channels == plan.y_step * box_line && plan.out_x_step == 1 &&
-                            plan.out_y_step == 1 && here_columns == out_width;
+        const bool joined = here_columns * plan.x_step * plan.channels == plan.y_step * box_line &&
+                            plan.out_x_step == 1 && plan.out_y_step == 1 && here_columns == out_width;
         lines.clear();
         for (int64_t n = image; n < image_end; ++n)
           for (int64_t i = 0; i < (joined ? 1 : here_rows); ++i) {
@@ -797,7 +799,8 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     const int64_t at = (group * filters + column) * channels * taps + channel * apart;
     job.out = static_cast<uint8_t*>(out_data) + at * (bfloat16 ? 2 : 4);
     constexpr int64_t line = int8_panel;  // floats in a cache line
-    job.stream = !bfloat16 && whole_lines(out, channels * apart, streamed_matrix) && at % line == 0 && count * apart % line == 0;
+    job.stream = !bfloat16 && whole_lines(out, channels * apart, streamed_matrix) && at % line == 0 &&
+                 count * apart % line == 0;
     kernels.finish_grad_w(job);
   };
 
