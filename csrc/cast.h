@@ -23,7 +23,7 @@ struct CastFormat {
   float least;             // table: the smallest magnitude where 0 is no level, otherwise 0
   int64_t search;          // table: 16, 32 or 256, more than there are switches
   float switches[levels];  // table: x goes to the interval (stochastic) or level i where i of these are <= x; then inf
-  float splits[16];          // table: every sixteenth switch, then inf
+  float splits[32];          // table: every sixteenth switch, then inf
   float values[levels + 1];  // table: the levels
 };
 

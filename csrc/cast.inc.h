@@ -305,13 +305,37 @@ struct RoundLog2 {
   }
 };
 
+// Sorted numbers, halved again and again: `size` is 8 of 15. Each step has the table from its middle on, so that no index
+// needs an addition.
+template <int64_t entries, int64_t size>
+struct Search {
+  Lanes::Table<entries> table;
+  LaneF middle;
+  Search<entries, size / 2> rest;
+  explicit Search(const float* sorted) : table(sorted + size - 1), middle(Lanes::set(sorted[size - 1])), rest(sorted) {}
+  // how many of the 2 size - 1 numbers from `first` on are <= x, added to `first`
+  LaneI from(LaneI first, LaneF x) const {
+    return rest.from(Lanes::add_where(Lanes::at_least(x, table[first]), first, Lanes::set(int32_t(size))), x);
+  }
+  // of the first
+  LaneI all(LaneF x) const {
+    return rest.from(Lanes::add_where(Lanes::at_least(x, middle), Lanes::set(0), Lanes::set(int32_t(size))), x);
+  }
+};
+template <int64_t entries>
+struct Search<entries, 0> {
+  explicit Search(const float*) {}
+  LaneI from(LaneI first, LaneF) const { return first; }
+};
+
 template <int64_t entries, bool drawn>
 struct RoundTable {
   static constexpr bool stochastic = drawn;
   LaneF low, high, least;
   bool zero;
-  Lanes::Table<16> splits;
-  Lanes::Table<entries> switches, values, above;
+  Search<16, 8> splits;
+  Search<entries, entries <= 32 ? entries / 2 : 8> switches;
+  Lanes::Table<entries> values, above;
   explicit RoundTable(const CastFormat& f)
       : low(Lanes::set(f.low)),
         high(Lanes::set(f.high)),
@@ -337,20 +361,12 @@ struct RoundTable {
   }
 
  private:
-  // how many of the 2 size - 1 entries from `first` on are <= x, added to `first`
-  template <class Sorted>
-  static LaneI search(LaneF x, const Sorted& table, LaneI first, int32_t size) {
-    using L = Lanes;
-    for (; size; size /= 2)
-      first = L::add_where(L::at_least(x, table[L::add(first, L::set(size - 1))]), first, L::set(size));
-    return first;
-  }
   LaneI find(LaneF x) const {
     using L = Lanes;
-    if constexpr (entries <= 32) return search(x, switches, L::set(0), int32_t(entries) / 2);
-    LaneI i = search(x, splits, L::set(0), 8);  // a large table is in memory: first every sixteenth, in a register
+    if constexpr (entries <= 32) return switches.all(x);
+    LaneI i = splits.all(x);  // a large table is in memory: first every sixteenth, in a register
     for (int doubling = 0; doubling < 4; ++doubling) i = L::add(i, i);
-    return search(x, switches, i, 8);
+    return switches.from(i, x);
   }
 };
 

@@ -74,6 +74,7 @@ void set_table(CastFormat& f, const Tensor& table) {
     f.switches[i] = stochastic ? high : switch_point(f.rounding, low, high, at(1, i) != 0, at(2, i));
     if (!stochastic && f.least > 0 && low < 0 && high > 0) f.switches[i] = 0.0f;  // the sign decides, 0 is positive
   }
+  std::fill(f.splits + 16, f.splits + 32, std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < 16; ++i) f.splits[i] = f.switches[16 * i + 15];
   f.search = switches < 16 ? 16 : switches < 32 ? 32 : 256;
 }
