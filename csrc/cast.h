@@ -20,6 +20,7 @@ struct CastFormat {
   int32_t lowest_power;    // floating: the bits of 2^emin
   int32_t mantissa;        // floating
   bool minus_zero;         // floating: whether it exists
+  bool high_on_grid;       // floating
   float least;             // table: the smallest magnitude where 0 is no level, otherwise 0
   int64_t search;          // table: 16, 32 or 256, more than there are switches
   float switches[levels];  // table: x goes to the interval (stochastic) or level i where i of these are <= x; then inf

@@ -261,14 +261,15 @@ struct RoundFloat {
   static constexpr bool stochastic = rounding == CastRounding::stochastic;
   LaneF low, high;
   LaneI lowest, shift;
-  bool minus_zero;
+  bool minus_zero, within;  // within: no rounding leads beyond `high`, which is on the grid
   explicit RoundFloat(const CastFormat& f)
       : low(Lanes::set(f.low)),
         high(Lanes::set(f.high)),
         lowest(Lanes::set(f.lowest_power)),
         shift(Lanes::set(rounding == CastRounding::stochastic ? f.mantissa << 23
                                                               : ((23 - f.mantissa) << 23) + (1 << 22))),
-        minus_zero(f.minus_zero) {}
+        minus_zero(f.minus_zero),
+        within(f.high_on_grid) {}
   LaneF operator()(LaneF t, LaneF u) const {
     using L = Lanes;
     const LaneF x = cut(t, low, high);
@@ -277,7 +278,8 @@ struct RoundFloat {
     if constexpr (rounding == CastRounding::stochastic) {
       const LaneI step = L::sub(power, shift);
       const LaneF inverse = L::real(L::sub(L::set(254 << 23), step));  // a power of two, and normal: so is the inverse
-      y = cut(round_whole<rounding>(x * inverse, u) * L::real(step), low, high);
+      y = round_whole<rounding>(x * inverse, u) * L::real(step);
+      if (!within) y = cut(y, low, high);
     } else {
       const LaneF magic = L::real(L::add(power, shift));
       y = (x + magic) - magic;

@@ -1,5 +1,6 @@
 #include "casting.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -114,6 +115,7 @@ CastFormat cast_format(const std::string& kind, const std::vector<double>& numbe
       f.lowest_power = bits_of(float(std::ldexp(1.0, int(n[0]))));
       f.mantissa = int32_t(n[1]);
       f.minus_zero = n[3] != 0;
+      f.high_on_grid = std::fmod(n[2], std::ldexp(1.0, std::max(std::ilogb(n[2]), int(n[0])) - int(n[1]))) == 0;
       break;
     case CastKind::log2:
       given(2, numbers.size() == 2 && n[0] > -126 && n[0] <= n[1] && n[1] < 127);

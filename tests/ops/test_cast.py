@@ -373,6 +373,20 @@ def compare_pair(isa: str, x: Tensor, partitions: Sequence[tuple[list[int], int]
         compare("cast_absmax_pair", isa, x, key1, key2, *blocks, *rest, rounding1, rounding2, sums)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+# largest values on the grid, and between two of its points
+@pytest.mark.parametrize(("emin", "high"), [(-6, 448.0), (-6, 450.0), (-6, 500.0), (0, 1.875), (0, 1.9), (9, 512.0)])
+def test_floats_end_at_their_largest_value(isa: str, emin: int, high: float) -> None:
+    x = torch.cat([torch.linspace(-1.1 * high, 1.1 * high, 3001), torch.tensor([1e-40, float("inf"), float("nan")])])
+    scale, key = torch.ones(1), torch.tensor([1, 2, 3])
+    for rounding in ("half_even", "stochastic"):
+        draw = key if rounding == "stochastic" else None
+        grid = ("float", [float(emin), 3.0, high, 1.0], None, rounding, "values", None, None)
+        got = compare("cast", isa, x, scale, None, draw, None, [0], *grid)
+        if draw is not None:  # to nearest, formats end on their grid
+            assert got[:-1].abs().max() == torch.tensor(high)
+
+
 ROUNDINGS_OF_PAIRS = [
     ("half_even", "half_even"),
     ("stochastic", "stochastic"),
