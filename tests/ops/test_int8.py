@@ -209,7 +209,8 @@ LARGE = [
     (16, 160, 144, 14, 1, 1, 0, 1),
     (9, 64, 64, 28, 3, 2, 1, 4),
     (5, 130, 130, 12, 3, 1, 1, 130),
-    (3, 64, 48, 20, 1, 1, 0, 1),  # images that can be taken as they lie, whole and every other pixel, and a larger kernel
+    # images that can be taken as they lie: whole, every other pixel, and with a larger kernel
+    (3, 64, 48, 20, 1, 1, 0, 1),
     (3, 64, 128, 21, 1, 2, 0, 1),
     (2, 64, 32, 15, 3, 1, 0, 1),
     (2, 64, 64, 9, 1, 2, 4, 1),  # as many pixels as before, but others

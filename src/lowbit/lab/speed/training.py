@@ -178,9 +178,7 @@ def linear(s: Settings) -> list[Case]:
     return cases
 
 
-def conv_calls(
-    batch: int, inputs: int, outputs: int, size: int, kernel: int, kinds: Sequence[str] = KINDS
-) -> Calls:
+def conv_calls(batch: int, inputs: int, outputs: int, size: int, kernel: int, kinds: Sequence[str] = KINDS) -> Calls:
     calls: Calls = {}
     for kind in kinds:
         for layout, order in LAYOUTS.items():
