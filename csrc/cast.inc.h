@@ -408,7 +408,7 @@ struct Draw {
 #if defined(LOWBIT_VECTOR_WORDS)
   template <int Vectors>
   void some() {
-    blocks.template next<Vectors>(out);
+    blocks.next<Vectors>(out);
     out += 4 * philox_blocks_in<Vectors>;
   }
   void rest(const float* end) {

@@ -123,7 +123,7 @@ struct PhiloxSequence {
     const PhiloxBatch<Vectors> batch(first, keys);
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i)
-      W::template store_top<units>(out + 4 * W::counters * i, batch.pairs[i][0], batch.pairs[i][1]);
+      W::store_top<units>(out + 4 * W::counters * i, batch.pairs[i][0], batch.pairs[i][1]);
     block += count;
   }
 #else
@@ -137,19 +137,20 @@ struct PhiloxSequence {
 };
 
 void uniform(float* out, int64_t count, int64_t begin, int64_t end, const uint32_t key[2], const uint32_t high[2]) {
-  int64_t block = begin;
   const int64_t whole = end < count / 4 ? end : count / 4;
   PhiloxSequence<false> blocks(key, high, uint64_t(begin));
+  const auto block = [&blocks] { return int64_t(blocks.block); };
 #if defined(LOWBIT_VECTOR_WORDS)
   constexpr int64_t many = philox_blocks_in<philox_many>, few = philox_blocks_in<philox_few>;
-  for (; block + many <= whole; block += many) blocks.template next<philox_many>(out + 4 * block);
-  for (; block + few <= whole; block += few) blocks.template next<philox_few>(out + 4 * block);
+  while (block() + many <= whole) blocks.next<philox_many>(out + 4 * block());
+  while (block() + few <= whole) blocks.next<philox_few>(out + 4 * block());
 #endif
-  for (; block < whole; ++block) blocks.one(out + 4 * block);
-  for (; block < end; ++block) {
+  while (block() < whole) blocks.one(out + 4 * block());
+  while (block() < end) {
     float last[4];
+    const int64_t at = 4 * block();
     blocks.one(last);
-    for (int64_t i = 0; i < 4 && 4 * block + i < count; ++i) out[4 * block + i] = last[i];
+    for (int64_t i = 0; i < 4 && at + i < count; ++i) out[at + i] = last[i];
   }
 }
 
