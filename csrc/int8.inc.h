@@ -228,7 +228,7 @@ struct TileShapes {
   uint8_t rows[16] = {};
 };
 
-constexpr int64_t matrix_rows = 16, matrix_steps = 16;
+constexpr int64_t matrix_rows = 16, matrix_steps = Dot::matrix_steps;
 
 void shape_tiles(int64_t high, int64_t low) {
   TileShapes shapes;
@@ -264,7 +264,7 @@ struct Expected {
 
   void some(int64_t most) {
     for (; most > 0 && rows > 0; --most, --rows, line += row_bytes)
-      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(line + i, _MM_HINT_T0);
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(line + i, _MM_HINT_T1);
   }
 };
 

@@ -17,6 +17,7 @@ struct Dot {
   // signed ones, and they are flipped here.
 #if defined(__AMX_INT8__)
   static constexpr uint8_t flip = 0;
+  static constexpr int64_t matrix_steps = 16;  // segments of whole such pieces go to the matrix unit, without correction
 #else
   static constexpr uint8_t flip = 0x80;
 #endif

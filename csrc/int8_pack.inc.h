@@ -32,24 +32,64 @@ inline void store_bytes(void* p, Bytes v, int64_t n) {
 }
 #endif
 
+#if defined(__SSE2__)
+// Four times interleaving rows i and i + 8 transposes 16 x 16 bytes.
+template <class V, class Low, class High>
+inline void transpose_16(V* x, Low low, High high) {
+  for (int round = 0; round < 4; ++round) {
+    V y[16];
+    for (int i = 0; i < 8; ++i) y[2 * i] = low(x[i], x[i + 8]), y[2 * i + 1] = high(x[i], x[i + 8]);
+    for (int i = 0; i < 16; ++i) x[i] = y[i];
+  }
+}
+#endif
+
+#if defined(__AVX512BW__)
+// 64 columns of whole sixteens of rows: four transposes at once, one in each quarter of the vectors
+inline void transpose_wide(const int8_t* source, int64_t source_pitch, int64_t rows, uint8_t* out, int64_t pitch,
+                           uint8_t flip) {
+  const __m512i mask = _mm512_set1_epi8(char(flip));
+  for (int64_t r = 0; r < rows; r += 16, source += 16 * source_pitch, out += 16) {
+    __m512i x[16];
+    for (int i = 0; i < 16; ++i) {
+      const int8_t* const row = source + i * source_pitch;
+      x[i] = _mm512_loadu_si512(row);
+      if (r + 16 < rows) _mm_prefetch((const char*)(row + 16 * source_pitch), _MM_HINT_T0);
+    }
+    transpose_16(x, [](__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); },
+                 [](__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); });
+    for (int i = 0; i < 16; ++i) {
+      const __m512i line = _mm512_xor_si512(x[i], mask);
+      uint8_t* const target = out + i * pitch;
+      _mm_storeu_si128((Bytes*)target, _mm512_castsi512_si128(line));
+      _mm_storeu_si128((Bytes*)(target + 16 * pitch), _mm512_extracti32x4_epi32(line, 1));
+      _mm_storeu_si128((Bytes*)(target + 32 * pitch), _mm512_extracti32x4_epi32(line, 2));
+      _mm_storeu_si128((Bytes*)(target + 48 * pitch), _mm512_extracti32x4_epi32(line, 3));
+    }
+  }
+}
+#endif
+
 // (rows, columns) to (columns, rows)
 inline void transpose_bytes(const int8_t* source, int64_t source_pitch, int64_t rows, int64_t columns, uint8_t* out,
                             int64_t pitch, uint8_t flip) {
+#if defined(__AVX512BW__)
+  const int64_t whole_rows = rows / 16 * 16, wide = columns / 64 * 64;
+  for (int64_t c = 0; c < wide; c += 64)
+    transpose_wide(source + c, source_pitch, whole_rows, out + c * pitch, pitch, flip);
+#elif defined(__SSE2__)
+  constexpr int64_t whole_rows = 0, wide = 0;
+#endif
 #if defined(__SSE2__)
   const Bytes mask = _mm_set1_epi8(char(flip));
   for (int64_t r = 0; r < rows; r += 16)
-    for (int64_t c = 0; c < columns; c += 16) {
+    for (int64_t c = r < whole_rows ? wide : 0; c < columns; c += 16) {
       const int64_t down = rows - r < 16 ? rows - r : 16, across = columns - c < 16 ? columns - c : 16;
-      Bytes x[16], y[16];
+      Bytes x[16];
       for (int i = 0; i < 16; ++i)
         x[i] = i < down ? load_bytes(source + (r + i) * source_pitch + c, across) : _mm_setzero_si128();
-      for (int round = 0; round < 4; ++round) {  // four times interleaving rows i and i + 8 transposes
-        for (int i = 0; i < 8; ++i) {
-          y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]);
-          y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
-        }
-        for (int i = 0; i < 16; ++i) x[i] = y[i];
-      }
+      transpose_16(x, [](Bytes a, Bytes b) { return _mm_unpacklo_epi8(a, b); },
+                   [](Bytes a, Bytes b) { return _mm_unpackhi_epi8(a, b); });
       uint8_t* target = out + c * pitch + r;
       for (int i = 0; i < 16; ++i)
         if (i < across) store_bytes(target + i * pitch, _mm_xor_si128(x[i], mask), down);
@@ -197,6 +237,9 @@ void pack_right(const Int8Right& job, int64_t bundle) {
     }
     for (int64_t i = 0; i < panels; ++i) memset(segment + i * panel_bytes + used, 0, size_t(segment_bytes - used));
   }
+#if defined(__AMX_INT8__)
+  if (job.steps % Dot::matrix_steps == 0) return;
+#endif
   for (int64_t i = 0; i < panels; ++i)
     Dot::correct(packed + i * panel_bytes, job.segment_count * job.steps, job.correction + begin + i * int8_panel);
 }
