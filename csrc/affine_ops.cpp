@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> affine(const Tensor& low, const Tensor& high, double 
                   "affine needs float32 ends of one shape");
   STD_TORCH_CHECK(denominator > 0, "the denominator must be positive; got ", denominator);
   const Tensor lows = torch::stable::contiguous(low), highs = torch::stable::contiguous(high);
-  Tensor scales = torch::stable::empty(low.sizes(), ScalarType::Float);
-  Tensor zeros = torch::stable::empty(low.sizes(), ScalarType::Float);
+  Tensor scales = lowbit::empty(low.sizes(), ScalarType::Float);
+  Tensor zeros = lowbit::empty(low.sizes(), ScalarType::Float);
   const float *least = lows.const_data_ptr<float>(), *most = highs.const_data_ptr<float>();
   float *scale = scales.mutable_data_ptr<float>(), *zero = zeros.mutable_data_ptr<float>();
   const float steps = float(denominator);

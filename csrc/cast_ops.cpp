@@ -239,7 +239,7 @@ void reduce(const CastKernels& kernels, const Tensor& x, const std::vector<int64
   numbering.as_given(high);
 }
 
-Tensor per_block(int64_t blocks) { return torch::stable::empty({&blocks, 1}, ScalarType::Float); }
+Tensor per_block(int64_t blocks) { return lowbit::empty({&blocks, 1}, ScalarType::Float); }
 
 Tensor block_absmax(const Tensor& x, std::vector<int64_t> block_strides, int64_t blocks) {
   check_blocks("block_absmax", x, block_strides, blocks);
@@ -326,12 +326,7 @@ Tensor result_like(const Tensor& x, CastResult result, bool is_dense, std::vecto
     for (size_t d = 0; d < shape.size(); ++d) strides[d] = x.stride(int64_t(d));
   else
     for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
-  const int32_t dtype = result == CastResult::codes ? aoti_torch_dtype_int8() : aoti_torch_dtype_float32();
-  if (!is_dense) return lowbit::fresh(torch::stable::empty({shape.data(), shape.size()}, type));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &made));
-  return lowbit::fresh(Tensor(made));
+  return lowbit::fresh(lowbit::empty_strided(shape, strides, type));
 }
 
 std::vector<int64_t> strides_of(const Tensor& t) {

@@ -104,7 +104,7 @@ Tensor chunked_mm(const Tensor& a, const Tensor& b, int64_t chunk, int64_t expon
   std::vector<int64_t> a_rows = offsets(a, 0, row_axes), a_depths = offsets(a, row_axes, a.dim());
   std::vector<int64_t> b_depths = offsets(b, 0, depth_axes), b_columns = offsets(b, depth_axes, b.dim());
   const int64_t shape[2] = {int64_t(a_rows.size()), int64_t(b_columns.size())};
-  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
+  Tensor out = lowbit::empty({shape, 2}, ScalarType::Float);
   lowbit::ChunkedMm job;
   job.format = minifloat(exponent, mantissa, bias);
   if (shape[0] == 0 || shape[1] == 0) return out;

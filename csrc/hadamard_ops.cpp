@@ -19,7 +19,7 @@ Tensor hadamard(const Tensor& x, int64_t size, std::optional<Tensor> signs, bool
                   "size must be a power of two, 1 to 4096; got ", size);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) % size == 0, "the last axis must be a multiple of size ", size);
   const Tensor source = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty(x.sizes(), ScalarType::Float);
+  Tensor out = lowbit::empty(x.sizes(), ScalarType::Float);
   const int64_t count = source.numel();
   if (count == 0) return out;
   // without signs all runs are one row

@@ -242,7 +242,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   check_vector(a_scale, rows, true, "a_scale"), check_vector(b_scale, columns, true, "b_scale");
   if (bias) check_vector(*bias, columns, false, "bias");
   const int64_t shape[2] = {rows, columns};
-  Tensor out = lowbit::fresh(torch::stable::empty({shape, 2}, dtype));
+  Tensor out = lowbit::fresh(lowbit::empty({shape, 2}, dtype));
   if (rows == 0 || columns == 0) return out;
   multiply_matrices({a.const_data_ptr<int8_t>(), rows, depth, a.stride(0), a.stride(1)},
                     {b.const_data_ptr<int8_t>(), depth, columns, b.stride(0), b.stride(1)}, a_scale, b_scale, bias, out);
@@ -304,8 +304,7 @@ void check_error(const Tensor& e, const Geometry& g) {
 
 Tensor channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype) {
   const int64_t shape[4] = {n, c, h, w};
-  return lowbit::fresh(torch::stable::empty({shape, 4}, dtype, std::nullopt, std::nullopt, std::nullopt,
-                                            torch::headeronly::MemoryFormat::ChannelsLast));
+  return lowbit::fresh(lowbit::empty({shape, 4}, dtype, true));
 }
 
 // One image's channels of one group, wherever they lie; an axis of one element has no stride that matters.
@@ -712,7 +711,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   check_error(e, g);
   check_vector(e_scale, g.filters, true, "e_scale"), check_vector(x_scale, g.channels, true, "x_scale");
   Tensor out = is_channels_last ? channels_last(w_shape[0], w_shape[1], w_shape[2], w_shape[3], dtype)
-                                : torch::stable::empty({w_shape.data(), w_shape.size()}, dtype);
+                                : lowbit::empty({w_shape.data(), w_shape.size()}, dtype);
   if (out.numel() == 0) return out;
   if (depthwise(g)) {
     depthwise_grad_w(kernels, g, Images(x), Images(e), e_scale, x_scale, out, bfloat16);

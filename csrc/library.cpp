@@ -114,6 +114,27 @@ int64_t filled(const torch::stable::Tensor& x, int64_t first) {
   return expected;
 }
 
+torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, torch::headeronly::ScalarType dtype,
+                            bool channels_last) {
+  std::vector<size_t> axes;  // the innermost last
+  for (size_t d = 0; d < shape.size(); ++d) axes.push_back(d);
+  if (channels_last) axes = {0, 2, 3, 1};
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = axes.size(); i-- > 1;)
+    strides[axes[i - 1]] = strides[axes[i]] * std::max<int64_t>(1, shape[axes[i]]);
+  return empty_strided(shape, strides, dtype);
+}
+
+torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                    torch::headeronly::IntHeaderOnlyArrayRef strides,
+                                    torch::headeronly::ScalarType dtype) {
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
 torch::stable::Tensor fresh(torch::stable::Tensor result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // glibc takes allocations beyond 32 MiB from the system each time

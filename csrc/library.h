@@ -19,6 +19,14 @@ std::string text(Word word);
 // The table that calls go to: the best that this CPU can run, unless lowbit::_use_isa chose another.
 const Kernels& kernels();
 
+// A contiguous tensor, or one of four axes that is channels-last, in memory as it comes. PyTorch's own call looks the
+// operator up by its name, which takes longer than all else that a small cast does besides its arithmetic.
+torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, torch::headeronly::ScalarType dtype,
+                            bool channels_last = false);
+torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                    torch::headeronly::IntHeaderOnlyArrayRef strides,
+                                    torch::headeronly::ScalarType dtype);
+
 // A result that is about to be written whole. Where it is large its memory is fresh from the system, and every page
 // written for the first time costs a fault: huge pages are asked for.
 torch::stable::Tensor fresh(torch::stable::Tensor result);

@@ -22,7 +22,7 @@ Tensor pack_signs(const Tensor& x) {
   const int64_t depth = x.size(-1), words = (depth + 63) / 64;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = words;
-  Tensor out = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Long);
+  Tensor out = lowbit::empty({shape.data(), shape.size()}, ScalarType::Long);
   const int64_t rows = words == 0 ? 0 : out.numel() / words;
   const float* data = source.const_data_ptr<float>();
   uint64_t* result = reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>());
@@ -43,7 +43,7 @@ Tensor binary_mm(const Tensor& a, const Tensor& b, int64_t depth) {
   STD_TORCH_CHECK(depth >= 0 && depth < int64_t(1) << 31 && words == (depth + 63) / 64 && b.size(1) == words,
                   "binary_mm of depth ", depth, " needs a and b with ", (depth + 63) / 64, " words in a row");
   const int64_t shape[2] = {a.size(0), b.size(0)};
-  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Int);
+  Tensor out = lowbit::empty({shape, 2}, ScalarType::Int);
   if (shape[0] == 0 || shape[1] == 0) return out;
   const Tensor left = dense(a), right = dense(b);
   lowbit::BinaryMm job;
@@ -140,7 +140,7 @@ Tensor packed_mm(const Tensor& x, const Tensor& weight, const Tensor& scale, con
   std::vector<int32_t> lane;
   lowbit::PackedMm job = packed_job(x, weight, scale, count == 2 ? 1 : count == 4 ? 2 : 4, group, lane);
   const int64_t shape[2] = {job.rows, job.columns};
-  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
+  Tensor out = lowbit::empty({shape, 2}, ScalarType::Float);
   if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
   if (job.depth == 0 || out.numel() == 0) return out;
   const Tensor a = dense(x), w = dense(weight),
@@ -168,7 +168,7 @@ Tensor packed_mm_int8(const Tensor& x, const Tensor& weight, const Tensor& scale
   lowbit::PackedMm job = packed_job(x, weight, scale, bits, group, lane);
   STD_TORCH_CHECK(offset >= 0 && offset < int64_t(1) << bits, "offset must be a code, got ", offset);
   const int64_t shape[2] = {job.rows, job.columns};
-  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Float);
+  Tensor out = lowbit::empty({shape, 2}, ScalarType::Float);
   if (job.depth == 0) std::fill_n(out.mutable_data_ptr<float>(), out.numel(), 0.0f);
   if (job.depth == 0 || out.numel() == 0) return out;
   const Tensor a = dense(x), w = dense(weight),

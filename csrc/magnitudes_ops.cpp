@@ -24,7 +24,7 @@ Tensor magnitudes(const Tensor& x) {
   const int64_t blocks = x.size(0), n = x.size(1), chunks = (n + lowbit::rule_chunk - 1) / lowbit::rule_chunk;
   STD_TORCH_CHECK(n > 0 || blocks == 0, "magnitudes needs an element in each block");
   const int64_t shape[2] = {blocks, 3};
-  Tensor out = torch::stable::empty({shape, 2}, ScalarType::Double);
+  Tensor out = lowbit::empty({shape, 2}, ScalarType::Double);
   const auto tasks = static_cast<size_t>(blocks * chunks);
   std::vector<float> most(tasks);
   std::vector<double> sums(tasks), squares(tasks);

@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor> pack(const Tensor& codes, int64_t bits) {
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, "pack needs uint8 codes");
   const Tensor flat = torch::stable::contiguous(codes);
   const int64_t count = flat.numel(), bytes = (count * bits + 7) / 8;
-  Tensor out = torch::stable::empty({&bytes, 1}, ScalarType::Byte);
-  Tensor misfit = torch::stable::empty({}, ScalarType::Bool);
+  Tensor out = lowbit::empty({&bytes, 1}, ScalarType::Byte);
+  Tensor misfit = lowbit::empty({}, ScalarType::Bool);
   const uint8_t* source = flat.const_data_ptr<uint8_t>();
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
   std::atomic<bool> wrong{false};
@@ -47,7 +47,7 @@ Tensor unpack(const Tensor& packed, int64_t bits, int64_t count) {
   STD_TORCH_CHECK(count / 8 < have / bits + 1 && (count * bits + 7) / 8 <= have, count, " codes of ", bits,
                   " bits do not fit ", have, " bytes");
   const Tensor flat = torch::stable::contiguous(packed);
-  Tensor out = torch::stable::empty({&count, 1}, ScalarType::Byte);
+  Tensor out = lowbit::empty({&count, 1}, ScalarType::Byte);
   const uint8_t* source = flat.const_data_ptr<uint8_t>();
   uint8_t* data = out.mutable_data_ptr<uint8_t>();
   torch::stable::parallel_for(0, (count + 63) / 64, worth_a_thread, [&](int64_t begin, int64_t end) {

@@ -93,7 +93,7 @@ Tensor reflect(const Tensor& given, const Tensor& group, const Tensor& v, std::o
   const Groups groups(given, group, v);
   if (before.has_value()) check_rows("before", *before, ScalarType::Float, groups.rows);
   if (after.has_value()) check_rows("after", *after, ScalarType::Float, groups.rows);
-  if (given.numel() == 0) return torch::stable::empty(given.sizes(), ScalarType::Float);
+  if (given.numel() == 0) return lowbit::empty(given.sizes(), ScalarType::Float);
   const auto factor = [](const std::optional<Tensor>& t) {
     return [data = t.has_value() ? t->const_data_ptr<float>() : nullptr](size_t r) {
       return data == nullptr ? 1.0f : data[r];
@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor> reflect_minmax(const Tensor& given, const Tensor& gro
   const Groups groups(given, group, v);
   check_rows("before", before, ScalarType::Float, groups.rows);
   const int64_t rows = groups.rows;
-  Tensor lows = torch::stable::empty({&rows, 1}, ScalarType::Float);
-  Tensor highs = torch::stable::empty({&rows, 1}, ScalarType::Float);
+  Tensor lows = lowbit::empty({&rows, 1}, ScalarType::Float);
+  Tensor highs = lowbit::empty({&rows, 1}, ScalarType::Float);
   float *low = lows.mutable_data_ptr<float>(), *high = highs.mutable_data_ptr<float>();
   if (given.numel() == 0) {
     std::fill(low, low + rows, 0.0f), std::fill(high, high + rows, 0.0f);
@@ -209,7 +209,7 @@ Tensor reflect_cast(const Tensor& given, const Tensor& group, const Tensor& v, c
   STD_TORCH_CHECK(key.has_value() == (format.rounding == lowbit::CastRounding::stochastic),
                   "stochastic rounding needs a key, other roundings none");
   const lowbit::PhiloxWords words = key.has_value() ? lowbit::PhiloxWords(*key) : lowbit::PhiloxWords();
-  if (given.numel() == 0) return torch::stable::empty(given.sizes(), ScalarType::Float);
+  if (given.numel() == 0) return lowbit::empty(given.sizes(), ScalarType::Float);
   const float* s = factor.const_data_ptr<float>();
   const auto one = [](size_t) { return 1.0f; };
   const Mirror mirror(groups, [s](size_t r) { return s[r]; }, one);

@@ -50,7 +50,7 @@ void for_each_chunk(const Tensor& grad, const Tensor& x, const Tensor* q, Tensor
 // the sums of the blocks: the totals of their chunks by halves
 Tensor sums(std::vector<double>& totals, int64_t blocks) {
   const int64_t shape[1] = {blocks};
-  Tensor out = torch::stable::empty({shape, 1}, ScalarType::Float);
+  Tensor out = lowbit::empty({shape, 1}, ScalarType::Float);
   float* to = out.mutable_data_ptr<float>();
   const int64_t chunks = blocks == 0 ? 0 : int64_t(totals.size()) / blocks;
   for (int64_t block = 0; block < blocks; ++block)
@@ -68,7 +68,7 @@ Tensor in_range_backward(const Tensor& grad, const Tensor& x, const Tensor& low,
   check_matrix(x, grad, "x");
   const float* lows = per_block(low, grad, "low");
   const float* highs = per_block(high, grad, "high");
-  Tensor out = torch::stable::empty(grad.sizes(), ScalarType::Float);
+  Tensor out = lowbit::empty(grad.sizes(), ScalarType::Float);
   const auto kernel = closed ? kernels.in_range_closed : kernels.in_range_open;
   for_each_chunk(grad, x, nullptr, out, [&](RuleJob& job, int64_t, int64_t block) {
     job.low = lows[block], job.high = highs[block];
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> step_backward(const Tensor& grad, const Tensor& x, co
   check_matrix(x, grad, "x");
   check_matrix(q, grad, "q");
   const float* steps = per_block(step, grad, "step");
-  Tensor out = torch::stable::empty(grad.sizes(), ScalarType::Float);
+  Tensor out = lowbit::empty(grad.sizes(), ScalarType::Float);
   std::vector<double> totals = room(grad);
   for_each_chunk(grad, x, &q, out, [&](RuleJob& job, int64_t chunk, int64_t block) {
     job.low = float(low), job.high = float(high), job.scale = steps[block];
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> clip_backward(const Tensor& grad, const Tensor& x, co
   check_matrix(grad, grad, "grad");
   check_matrix(x, grad, "x");
   const float* clips = per_block(clip, grad, "clip");
-  Tensor out = torch::stable::empty(grad.sizes(), ScalarType::Float);
+  Tensor out = lowbit::empty(grad.sizes(), ScalarType::Float);
   std::vector<double> totals = room(grad);
   for_each_chunk(grad, x, nullptr, out, [&](RuleJob& job, int64_t chunk, int64_t block) {
     job.scale = clips[block];

@@ -17,7 +17,7 @@ Tensor uniform(const Tensor& key, std::vector<int64_t> shape) {
     STD_TORCH_CHECK(n >= 0, "uniform needs sizes of at least 0, got ", n);
     count *= n;
   }
-  Tensor out = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
+  Tensor out = lowbit::empty({shape.data(), shape.size()}, ScalarType::Float);
   float* data = out.mutable_data_ptr<float>();
   const int64_t blocks = (count + 3) / 4;
   constexpr int64_t worth_a_thread = 1 << 13;  // blocks, about 20 microseconds
