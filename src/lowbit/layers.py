@@ -28,13 +28,20 @@ from .accumulate import Operand, multiply
 from .backward import Coded, as_output
 from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan, without_autocast
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
-from .quantizer import QSpec, QTensor, Quantizer, integers_twice
+from .quantizer import QSpec, QTensor, Quantizer, pair_arguments
 from .recipe import Int32, Keep, Products, Roles, Stage
 from .scales import AbsMax
 
 __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "QEmbedding", "QLinear", "QMatmul"]
 
+Keys = dict[Any, Tensor | None]
+"""Random keys of one call, by what draws."""
 Contract = int | tuple[Literal["keep", "reduce"], tuple[int, ...]]
+
+
+ALL = tuple(OPERANDS)
+INTEGER_DTYPES = {torch.float32, torch.bfloat16}
+"""What enters and leaves an integer execution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,24 +200,37 @@ class LayerQuant(nn.Module):
     ) -> Tensor:
         """The layer's output; `bias` must broadcast against it. Layers that are called one after the other with the
         same `a` may share a dictionary: it is then encoded once."""
-        out_dtype = a.dtype
-        if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:  # which autocast leaves alone
-            out_dtype = torch.get_autocast_dtype(a.device.type)
-        with without_autocast(a.device.type):
-            flow = self.flow()
-            y = self._integer(flow, ops, a, w, bias, out_dtype if flow.result is None else a.dtype, memo)
-            if y is None:
-                stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
-                double = torch.float64 in (a.dtype, w.dtype)
-                a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
-                if (late := flow.error_at_input) is not None:
-                    a = _QuantizeGrad.apply(a, late, late.key(a))
-                y = self._product(flow, ops, a, w, stored)
-                if bias is not None:
-                    y = y + bias.to(y.dtype)
-            if flow.result is not None:
-                y = flow.result(y)
-        return y.to(out_dtype)
+        device = a.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._call(ops, a, w, bias, memo, a.dtype)
+        dtype = a.dtype if a.dtype == torch.float64 else torch.get_autocast_dtype(device)  # which leaves float64 alone
+        with torch.autocast(device, enabled=False):
+            return self._call(ops, a, w, bias, memo, dtype)
+
+    def _call(
+        self,
+        ops: ProductOps,
+        a: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        memo: dict[str, Any] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`forward` outside of autocast; `dtype` is that of the result."""
+        flow = self.flow()
+        y = self._integer(flow, ops, a, w, bias, dtype if flow.result is None else a.dtype, memo)
+        if y is None:
+            stored = w  # its changes show whether a stochastic W is drawn anew; a cast of it has none
+            double = torch.float64 in (a.dtype, w.dtype)
+            a, w = (t.to(torch.float64 if double else torch.float32) for t in (a, w))
+            if (late := flow.error_at_input) is not None:
+                a = _QuantizeGrad.apply(a, late, late.key(a))
+            y = self._product(flow, ops, a, w, stored)
+            if bias is not None:
+                y = y + bias.to(y.dtype)
+        if flow.result is not None:
+            y = flow.result(y)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def _integer(
         self,
@@ -223,27 +243,26 @@ class LayerQuant(nn.Module):
         memo: dict[str, Any] | None,
     ) -> Tensor | None:
         """The layer's output by integer products; None where it needs real values on a grid."""
-        stored, kept = w, (torch.float32, torch.bfloat16)
-        if self.kind == "attention" or not a.numel() or not w.numel() or a.dtype not in kept or dtype not in kept:
+        if self.kind == "attention" or not a.numel() or not w.numel() or not {a.dtype, dtype} <= INTEGER_DTYPES:
             return None
-        w = w.float()
-        recording, needed = torch.is_grad_enabled(), ["out"]
-        if self.training:  # the same in both runs of an activation checkpoint, of which one has no gradients
-            needed += ["grad_a", "grad_w"]
-        elif recording:
-            needed += [which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad]
-        device = a.device.type
-        state = self.training, w.dim(), device, *needed
+        recording, device = torch.is_grad_enabled(), a.device.type
+        # in training the same in both runs of an activation checkpoint, of which one has no gradients
+        wanted = ALL if self.training else ("out",)
+        if recording and not self.training:
+            wanted += tuple(which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad)
+        state = self.training, w.dim(), device, wanted
         if state not in flow.plans:
-            flow.plans[state] = plan(self, w.dim(), needed, device)
+            flow.plans[state] = plan(self, w.dim(), wanted, device)
         products = flow.plans[state]
         if products is None or any([q.watch is not None for q in flow.quantizers]):
             return None
         run = Run(flow, ops, flow.coding, {})
         run.codes_w = self._stored_codes(w.shape) if self.frozen else None
         run.plan, run.dtype, run.memo, run.recording = products, dtype, memo, recording
-        run.role_keys = {r: q.key(stored if r == "W" else a) for r, q in flow.forward_draws}
-        return IntegerProduct.apply(a, w, None if bias is None else bias.float(), run, *run.keys(stored, a))
+        run.role_keys = {r: q.key(w if r == "W" else a) for r, q in flow.forward_draws}
+        keys = run.keys(w, a)
+        bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+        return IntegerProduct.apply(a, w if w.dtype == torch.float32 else w.float(), bias, run, *keys)
 
     def _stored_codes(self, shape: torch.Size) -> Codes:
         """int8 codes of a weight that was loaded from codes."""
@@ -293,16 +312,37 @@ class Flow:
         """The roles of an integer execution's operands that may draw in the forward pass."""
         self.quantizers: list[Quantizer] = list(layer.slots.values())  # type: ignore[arg-type]
         self.plans: dict[tuple[Any, ...], Plan | None] = {}
+        self.pairs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         # one key for E, one for each override, one more for each further sample of grad_w
         left = self.overrides["grad_w", "left"]
         again = left if left is not None else self.error
         drawing: dict[Any, Quantizer | Keep | None] = {"E": self.error, **self.overrides}
         drawing |= {("sample", i): again for i in range(1, self.samples)}
         self.draws = {k: q for k, q in drawing.items() if isinstance(q, Quantizer) and q.spec.stochastic}
-        self.same_draw = products.grad_w.same_draw and "E" in self.draws
-        if self.same_draw:
+        self.slots: dict[tuple[str, str], Any] = {}
+        """Under which of these names the key of an operand is, if it draws."""
+        self.coders: dict[tuple[str, str], Quantizer | None] = {}
+        """What encodes the operand of an integer product: its override, or the quantizer of its role."""
+        for (which, side), override in self.overrides.items():
+            own, role = isinstance(override, Quantizer), OPERANDS[which][side == "right"]
+            self.slots[which, side] = (which, side) if own else role
+            self.coders[which, side] = override if isinstance(override, Quantizer) else self.coding[role]
+        if products.grad_w.same_draw and "E" in self.draws:
             self.draws.pop(("grad_w", "left"), None)
-        self.no_keys: dict[Any, Tensor | None] = dict.fromkeys(drawing)
+            self.slots["grad_w", "left"] = "E"
+
+    def pair(
+        self, one: tuple[str, str], x: Tensor, q1: Quantizer, key1: Tensor | None, q2: Quantizer, key2: Tensor | None
+    ) -> tuple[Any, ...]:
+        """`pair_arguments`, kept; `one` is the operand that q1 encodes."""
+        if torch.compiler.is_compiling():
+            return pair_arguments(x, q1, key1, q2, key2)
+        how = one, x.shape, x.dtype, key1 is None, key2 is None
+        if how not in self.pairs:
+            if len(self.pairs) > 64:  # lengths vary from batch to batch
+                self.pairs.clear()
+            self.pairs[how] = pair_arguments(x, q1, key1, q2, key2)
+        return self.pairs[how]
 
 
 class Run:
@@ -315,12 +355,13 @@ class Run:
         self.seen: list[int] = []
         """The fingerprint of the weight in the forward pass, if one was taken."""
 
+        self.role_keys: dict[Any, Tensor | None] = {}
+        """Random keys of the roles A and W in an integer execution, where they draw."""
+
     plan: Plan
     """In an integer execution: how each product runs."""
     dtype: torch.dtype
     """Type of its result."""
-    role_keys: dict[str, Tensor | None]
-    """Random keys of the roles A and W in it, where they draw."""
     codes_w: Codes | None
     """The weight's codes, where it was loaded from codes."""
     recording: bool
@@ -332,46 +373,37 @@ class Run:
         """One key for each draw."""
         return [q.key(stored if q.weight else a) for q in self.flow.draws.values()]
 
-    def by_slot(self, keys: Sequence[Tensor | None]) -> dict[Any, Tensor | None]:
-        """The key of each slot, from those that `keys` gave."""
-        found = self.flow.no_keys | dict(zip(self.flow.draws, keys, strict=True))
-        if self.flow.same_draw:
-            found["grad_w", "left"] = found["E"]
-        return found
+    def by_slot(self, keys: Sequence[Tensor | None]) -> Keys:
+        """Those that `keys` gave, and those of the roles, by the names of `Flow.slots`."""
+        return self.role_keys | dict(zip(self.flow.draws, keys, strict=True))
 
-    def operand_quantizer(
-        self, which: str, side: str, keys: dict[Any, Tensor | None]
-    ) -> tuple[Quantizer, Tensor | None, bool]:
-        """What encodes one operand of an integer product, with its key, and whether that is the role's quantizer."""
-        override = self.flow.overrides[which, side]
-        if isinstance(override, Quantizer):
-            return override, keys[which, side], False
-        role = OPERANDS[which][side == "right"]
-        q = self.roles[role]
-        assert q is not None
-        return q, keys["E"] if role == "E" else self.role_keys.get(role), True
+    def coder(self, which: str, side: str, keys: Keys) -> tuple[Quantizer, Tensor | None]:
+        """What encodes one operand of an integer product, and its random key."""
+        flow, operand = self.flow, (which, side)
+        return flow.coders[operand], keys.get(flow.slots[operand])  # type: ignore[return-value]
 
-    def codes(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
-        """int8 codes of one operand, of its override or its role."""
-        q, key, _ = self.operand_quantizer(which, side, keys)
+    def codes(self, which: str, side: str, x: Tensor, keys: Keys) -> Codes:
+        """int8 codes of one operand."""
+        q, key = self.coder(which, side, keys)
         return q.integers(x, key)
 
     def both_codes(
-        self,
-        one: tuple[str, str],
-        other: tuple[str, str],
-        x: Tensor,
-        keys: dict[Any, Tensor | None],
-        sums: bool = False,
+        self, one: tuple[str, str], other: tuple[str, str], x: Tensor, keys: Keys, sums: bool = False
     ) -> tuple[Codes, Codes, Tensor | None]:
-        """int8 codes of a tensor that enters two products; and its sums, see `integers_twice`."""
-        (q1, key1, role1), (q2, key2, role2) = (self.operand_quantizer(*o, keys) for o in (one, other))
-        if role1 and role2:
+        """int8 codes of a tensor that enters two products, with fewer passes over it than two; then, with `sums`, its
+        sums over all axes but the last, where they come for less than a pass of their own."""
+        (q1, key1), (q2, key2) = self.coder(*one, keys), self.coder(*other, keys)
+        if q1 is q2:
             codes = q1.integers(x, key1)
             return codes, codes, None
-        return integers_twice(x, q1, key1, q2, key2, sums)
+        how = self.flow.pair(one, x, q1, key1, q2, key2)
+        if not how:
+            return q1.integers(x, key1), q2.integers(x, key2), None
+        x = x.detach() if torch.is_grad_enabled() else x
+        codes1, scale1, codes2, scale2, total = torch.ops.lowbit.cast_absmax_pair(x, key1, key2, *how, sums)
+        return (codes1, scale1), (codes2, scale2), total if sums else None
 
-    def activation(self, a: Tensor, keys: dict[Any, Tensor | None]) -> tuple[Codes, Codes | None]:
+    def activation(self, a: Tensor, keys: Keys) -> tuple[Codes, Codes | None]:
         """The codes of `a` for `out`, and those for `grad_w`, which are made now so that `a` itself is not kept."""
         left, right = ("out", "left"), ("grad_w", "right")
         later = self.recording and self.plan.get("grad_w") == "codes"
@@ -382,47 +414,42 @@ class Run:
         if self.memo is None:
             return make()
         sides = (left, right) if later else (left,)
-        used = [self.operand_quantizer(*side, keys) for side in sides]
-        if any(key is not None or not isinstance(q.spec.scale, AbsMax) for q, key, _ in used):
+        used = [self.coder(*side, keys) for side in sides]
+        if any(key is not None or not isinstance(q.spec.scale, AbsMax) for q, key in used):
             return make()
-        known = a, [(q.spec, q.layout) for q, _, _ in used]
+        known = a, [(q.spec, q.layout) for q, _ in used]
         if "codes" not in self.memo or self.memo["known"][1] != known[1] or self.memo["known"][0] is not a:
             self.memo["known"] = known
             self.memo["codes"] = make()
         found: tuple[Codes, Codes | None] = self.memo["codes"]
         return found
 
-    def real(self, which: str, side: str, x: Tensor, keys: dict[Any, Tensor | None]) -> Tensor:
+    def real(self, which: str, side: str, x: Tensor, keys: Keys) -> Tensor:
         """Real values of one operand, on the grid of its override or its role, or as they are."""
-        override = self.flow.overrides[which, side]
-        if isinstance(override, Quantizer):
-            return override.quantize(x, keys[which, side])
-        role = OPERANDS[which][side == "right"]
-        q = self.roles[role]
-        if override is not None or q is None or (role == "W" and self.codes_w is not None):
+        stored = self.codes_w is not None and OPERANDS[which][side == "right"] == "W"
+        if isinstance(self.flow.overrides[which, side], Keep) or stored or self.flow.coders[which, side] is None:
             return x
-        return q.quantize(x, keys["E"] if role == "E" else self.role_keys.get(role))
+        q, key = self.coder(which, side, keys)
+        return q.quantize(x, key)
 
-    def weight_codes(self, which: str, w: Tensor, keys: dict[Any, Tensor | None]) -> Codes:
+    def weight_codes(self, which: str, w: Tensor, keys: Keys) -> Codes:
         """int8 codes of the weight as the right operand of a product."""
         if self.codes_w is not None:
             return self.codes_w
-        q, key, _ = self.operand_quantizer(which, "right", keys)
+        q, key = self.coder(which, "right", keys)
         return q.weight_integers(w, key, self.seen)
 
     def raw_needed(self, which: str, side: str) -> bool:
         return self.flow.overrides[which, side] is not None
 
-    def operand(
-        self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None, keys: dict[Any, Tensor | None]
-    ) -> Operand:
+    def operand(self, which: str, side: str, q: Tensor, raw: Tensor, coded: Coded | None, keys: Keys) -> Operand:
         """One operand: the values of its role reused, quantized anew, or kept in float."""
         override = self.flow.overrides[which, side]
         if override is None:
             return Operand(q, coded, self.roles[OPERANDS[which][side == "right"]])
         if isinstance(override, Keep):
             return Operand(raw)
-        values, again = override.quantize_coded(raw, keys[which, side])
+        values, again = override.quantize_coded(raw, keys.get(self.flow.slots[which, side]))
         return Operand(values, again, override)
 
     def multiply(self, which: str, left: Operand, right: Operand) -> Tensor:
@@ -468,7 +495,7 @@ class _Product(torch.autograd.Function):
         qe: Tensor = e
         coded_e: Coded | None = None
         if run.flow.error is not None and any(o is None and n for o, n in zip(overrides, needed, strict=True)):
-            qe, coded_e = run.flow.error.quantize_coded(e, by_slot["E"])
+            qe, coded_e = run.flow.error.quantize_coded(e, by_slot.get("E"))
         grad_a = grad_w = None
         if needed[0]:
             left = run.operand("grad_a", "left", qe, e, coded_e, by_slot)
@@ -482,7 +509,7 @@ class _Product(torch.autograd.Function):
             for i in range(1, run.flow.samples if isinstance(again, Quantizer) else 1):
                 assert isinstance(again, Quantizer)
                 with again.repeating(None if left.coded is None else left.coded.scale):
-                    values, codes = again.quantize_coded(e, by_slot["sample", i])
+                    values, codes = again.quantize_coded(e, by_slot.get(("sample", i)))
                 grad_w = grad_w + run.multiply("grad_w", Operand(values, codes, again), right)
             if run.flow.samples > 1 and isinstance(again, Quantizer):
                 grad_w = grad_w / run.flow.samples

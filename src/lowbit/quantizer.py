@@ -36,7 +36,7 @@ from .rounding import ROUNDINGS, Rounding
 from .scales import AbsMax, Average, History, Learned, MinMax, PowerOfTwo, Scale, Static
 from .serial import nearest, spec
 
-__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "integers_twice", "rank"]
+__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "pair_arguments", "rank"]
 
 T = TypeVar("T")
 CURRENT = -1
@@ -85,20 +85,16 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def integers_twice(
-    x: Tensor, first: Quantizer, key1: Tensor | None, second: Quantizer, key2: Tensor | None, sums: bool = False
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
-    """The codes that two quantizers give one tensor (`Quantizer.integers`), with fewer passes over it. Then, with
-    `sums`, its sums over all axes but the last, where they come for less than a pass of their own; otherwise None."""
-    x = _apart(x)
+def pair_arguments(
+    x: Tensor, first: Quantizer, key1: Tensor | None, second: Quantizer, key2: Tensor | None
+) -> tuple[Any, ...]:
+    """Arguments of `cast_absmax_pair`, after x and the keys and before `sums`, that give the integers of both; empty
+    where that operator does not have them. They depend on the shape and type of `x` and on which keys there are."""
     a, b = first._cast(x, key1), second._cast(x, key2)
     if not a or not b or a[3:5] != b[3:5] or not len(a[0]) == len(b[0]) == x.dim():
-        return first.integers(x, key1), second.integers(x, key2), None
+        return ()
     denominator, arguments = a[3:5]
-    codes1, scale1, codes2, scale2, total = torch.ops.lowbit.cast_absmax_pair(
-        x, key1, key2, a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5], sums
-    )
-    return (codes1, scale1), (codes2, scale2), total if sums else None
+    return a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5]
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -368,14 +364,14 @@ class Quantizer(nn.Module):
             self._versions[what] = version
             self._made.pop(what, None)
             return make()
-        flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
-        steady = not isinstance(self.spec.scale, (Learned, Average, History)) and self.watch is None
-        if not (steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"):
-            return make()
         how = w.shape, w.stride(), self.training, None if key is None else key.tolist()
         mark, made = self._made.get(what, (None, None))
         if seen and mark == (seen[0], *how):
             return made  # type: ignore[no-any-return]
+        flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
+        steady = not isinstance(self.spec.scale, (Learned, Average, History)) and self.watch is None
+        if not (steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"):
+            return make()
         bits = fingerprint(_apart(flat))
         if seen == []:
             seen.append(bits)
