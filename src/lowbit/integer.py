@@ -8,9 +8,8 @@ simulated products but for the rounding of float sums: out = float32(sum of code
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ __all__ = [
     "plan",
 ]
 
+T = TypeVar("T")
 OPERANDS = {"out": ("A", "W"), "grad_a": ("E", "W"), "grad_w": ("E", "A")}
 FAST = ("avx512amx", "avx512vnni")
 """Instruction sets whose int8 products are faster than float32 ones."""
@@ -218,9 +218,13 @@ def _transposed(
     return y
 
 
-def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast is off on this kind of device; entering `torch.autocast` itself takes a while."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+def outside_autocast(device: str, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` with autocast off for this kind of device; entering `torch.autocast` takes a while where it
+    is not on."""
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
 
 
 class IntegerProduct(torch.autograd.Function):
@@ -229,9 +233,10 @@ class IntegerProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, bias: Tensor | None, run: Run, *keys: Tensor | None) -> Tensor:
         by_slot = run.by_slot(keys)
-        codes_a, kept = run.activation(a, by_slot)
+        codes_w = run.weight_codes("out", w, by_slot)
         flat = bias if bias is None or bias.dim() == 1 else bias.reshape(-1)
-        y = integer_product(run.ops, "out", codes_a, run.weight_codes("out", w, by_slot), flat, run.dtype)
+        codes_a, kept = run.activation(a, by_slot)  # a product follows its cast at once: the codes are in the caches
+        y = integer_product(run.ops, "out", codes_a, codes_w, flat, run.dtype)
         ctx.run, ctx.count, ctx.bias, ctx.dtype = run, len(keys), None if bias is None else bias.shape, a.dtype
         raw = a if run.plan.get("grad_w", "codes") != "codes" else None
         ctx.save_for_backward(w if "grad_a" in run.plan else None, raw, *(kept or (None, None)), *keys)
@@ -239,42 +244,45 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        run: Run = ctx.run
-        if torch.is_grad_enabled() and not run.flow.plain:
+        name, plain = ctx.run.flow.name, ctx.run.flow.plain
+        if torch.is_grad_enabled() and not plain:
             raise RuntimeError(
-                f"{run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
+                f"{name}: the backward pass of a layer with a quantized gradient can't be "
                 "differentiated again; leave create_graph out"
             )
+        return outside_autocast(grads[0].device.type, IntegerProduct.gradients, ctx, grads[0])
+
+    @staticmethod
+    def gradients(ctx: Any, e: Tensor) -> Any:
+        """Those that are asked for, one for each argument of `forward`."""
+        run: Run = ctx.run
         w, a, codes, scale, *keys = ctx.saved_tensors
         by_slot = run.by_slot(keys)
-        grad_a = grad_w = grad_bias = None
-        with without_autocast(grads[0].device.type):
-            e = grads[0]
-            wanted = [w for w, needed in (("grad_a", 0), ("grad_w", 1)) if ctx.needs_input_grad[needed]]
-            on_codes = [which for which in wanted if run.plan[which] == "codes"]
-            biased = ctx.bias is not None and ctx.needs_input_grad[2]
-            error: dict[str, Codes] = {}
-            sums = None
-            if len(on_codes) == 2:
-                summed = biased and isinstance(run.ops, LinearProduct)  # whose bias belongs to the last axis
-                *pair, sums = run.both_codes(("grad_a", "left"), ("grad_w", "left"), e, by_slot, summed)
-                error = dict(zip(on_codes, pair, strict=True))
-            elif on_codes:
-                error = {which: run.codes(which, "left", e, by_slot) for which in on_codes}
-            if "grad_a" in error:
-                right = run.weight_codes("grad_a", w, by_slot)
-                grad_a = integer_product(run.ops, "grad_a", error["grad_a"], right, None, ctx.dtype)
-            elif "grad_a" in wanted:
-                real = run.real("grad_a", "left", e.float(), by_slot), run.real("grad_a", "right", w, by_slot)
-                grad_a = run.ops.grad_a(*real).to(ctx.dtype)
-            if "grad_w" in error:
-                grad_w = integer_product(run.ops, "grad_w", error["grad_w"], (codes, scale))
-            elif "grad_w" in wanted:
-                real = run.real("grad_w", "left", e.float(), by_slot), run.real("grad_w", "right", a.float(), by_slot)
-                grad_w = run.ops.grad_w(*real)
-            if biased:
-                if sums is None:
-                    grad_bias = e.float().sum_to_size(ctx.bias)
-                else:
-                    grad_bias = sums if len(ctx.bias) == 1 else sums.reshape(ctx.bias)
+        grad_a = grad_w = grad_bias = sums = None
+        wanted = [w for w, needed in (("grad_a", 0), ("grad_w", 1)) if ctx.needs_input_grad[needed]]
+        on_codes = [which for which in wanted if run.plan[which] == "codes"]
+        biased = ctx.bias is not None and ctx.needs_input_grad[2]
+        codes_w = run.weight_codes("grad_a", w, by_slot) if "grad_a" in on_codes else None
+        error: dict[str, Codes] = {}
+        if len(on_codes) == 2:
+            summed = biased and isinstance(run.ops, LinearProduct)  # whose bias belongs to the last axis
+            *pair, sums = run.both_codes(("grad_a", "left"), ("grad_w", "left"), e, by_slot, summed)
+            error = dict(zip(on_codes, pair, strict=True))
+        elif on_codes:
+            error = {which: run.codes(which, "left", e, by_slot) for which in on_codes}
+        if codes_w is not None:
+            grad_a = integer_product(run.ops, "grad_a", error["grad_a"], codes_w, None, ctx.dtype)
+        elif "grad_a" in wanted:
+            real = run.real("grad_a", "left", e.float(), by_slot), run.real("grad_a", "right", w, by_slot)
+            grad_a = run.ops.grad_a(*real).to(ctx.dtype)
+        if "grad_w" in error:
+            grad_w = integer_product(run.ops, "grad_w", error["grad_w"], (codes, scale))
+        elif "grad_w" in wanted:
+            real = run.real("grad_w", "left", e.float(), by_slot), run.real("grad_w", "right", a.float(), by_slot)
+            grad_w = run.ops.grad_w(*real)
+        if biased:
+            if sums is None:
+                grad_bias = e.float().sum_to_size(ctx.bias)
+            else:
+                grad_bias = sums if len(ctx.bias) == 1 else sums.reshape(ctx.bias)
         return grad_a, grad_w, grad_bias, None, *(None,) * ctx.count

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import blocks as B
 from .accumulate import Operand, multiply
 from .backward import Coded, as_output
-from .integer import OPERANDS, Codes, IntegerProduct, Plan, plan, without_autocast
+from .integer import OPERANDS, Codes, IntegerProduct, Plan, outside_autocast, plan
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
 from .quantizer import QSpec, QTensor, Quantizer, pair_arguments
 from .recipe import Int32, Keep, Products, Roles, Stage
@@ -200,12 +200,10 @@ class LayerQuant(nn.Module):
     ) -> Tensor:
         """The layer's output; `bias` must broadcast against it. Layers that are called one after the other with the
         same `a` may share a dictionary: it is then encoded once."""
-        device = a.device.type
-        if not torch.is_autocast_enabled(device):
-            return self._call(ops, a, w, bias, memo, a.dtype)
-        dtype = a.dtype if a.dtype == torch.float64 else torch.get_autocast_dtype(device)  # which leaves float64 alone
-        with torch.autocast(device, enabled=False):
-            return self._call(ops, a, w, bias, memo, dtype)
+        device, dtype = a.device.type, a.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(device)
+        return outside_autocast(device, self._call, ops, a, w, bias, memo, dtype)
 
     def _call(
         self,
@@ -481,8 +479,7 @@ class _Product(torch.autograd.Function):
                 f"{ctx.run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
                 "differentiated again; leave create_graph out"
             )
-        with without_autocast(grads[0].device.type):
-            return _Product.products(ctx, grads[0])
+        return outside_autocast(grads[0].device.type, _Product.products, ctx, grads[0])
 
     @staticmethod
     def products(ctx: Any, e: Tensor) -> Any:

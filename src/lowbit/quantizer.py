@@ -76,13 +76,15 @@ class QSpec:
         return self.rounding == "stochastic"
 
 
+DISTRIBUTED = dist.is_available()
+"""Whether this PyTorch has `torch.distributed`."""
 SIGNED, UNSIGNED = 1, 2
 """Values of `Quantizer.seen` once a learned scale has started: on `format` or on `unsigned`."""
 
 
 def rank() -> int:
     """This process's rank, 0 outside distributed training."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if DISTRIBUTED and dist.is_initialized() else 0
 
 
 def pair_arguments(
@@ -747,7 +749,7 @@ register_optimizer_step_post_hook(_count_step)
 
 def _on_any_rank(flag: Tensor) -> bool:
     # ranks see different batches and must settle on one grid
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if DISTRIBUTED and dist.is_initialized() and dist.get_world_size() > 1:
         flag = flag.to(torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
@@ -755,7 +757,7 @@ def _on_any_rank(flag: Tensor) -> bool:
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
     # every rank sees another first batch; the parameter must start equal
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if DISTRIBUTED and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
