@@ -908,7 +908,8 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
     }
   });
   if (whole) return out;
-  const int64_t slice = cuts(64, taps);  // channels
+  // channels; where they lie side by side in the result, two cache lines of them
+  const int64_t slice = is_channels_last ? 2 * int8_panel : cuts(64, taps);
   const int64_t slices = cuts(channels, slice);
   torch::stable::parallel_for(0, groups * slices, grain(slice * taps * padded * parts * 8),
                               [&](int64_t begin, int64_t end) {

@@ -277,19 +277,34 @@ void pack_box(const Int8Box& box) {
   }
 }
 
+// Zeros in [0, begin) and [end, width) of each channel's line. What lies between may be written, too: it comes later.
+inline void pack_margins(uint8_t* line, int64_t plane, int64_t channels, int64_t begin, int64_t end, int64_t width) {
+  const uint32_t zeros = 0x01010101u * Dot::flip;
+  if (begin <= 4 && width - end <= 4 && width >= 4) {  // the margins of most kernels, without a call for each line
+    for (int64_t c = 0; c < channels; ++c, line += plane) {
+      memcpy(line, &zeros, sizeof zeros);
+      memcpy(line + width - 4, &zeros, sizeof zeros);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c, line += plane) {
+    memset(line, Dot::flip, size_t(begin));
+    memset(line + end, Dot::flip, size_t(width - end));
+  }
+}
+
 void pack_planes(const Int8Planes& job) {
-  const int64_t line = job.phases * job.box_width;
   for (int64_t i = 0; i < job.box_height; ++i) {
     const int64_t y = job.y + i;
     uint8_t* row = job.left + i * job.row;
-    for (int64_t c = 0; c < job.channels; ++c) memset(row + c * job.plane, Dot::flip, size_t(line));
-    if (y < 0 || y >= job.height) continue;
     for (int64_t phase = 0; phase < job.phases; ++phase) {
       const int64_t x = job.x + phase;  // source column of the first element
-      const int64_t begin = x < 0 ? (-x + job.step - 1) / job.step : 0;
+      int64_t begin = x < 0 ? (-x + job.step - 1) / job.step : 0;
       int64_t end = x >= job.width ? 0 : (job.width - x + job.step - 1) / job.step;
       if (end > job.box_width) end = job.box_width;
-      if (end <= begin) continue;
+      if (y < 0 || y >= job.height || end <= begin) begin = end = 0;
+      pack_margins(row + phase * job.box_width, job.plane, job.channels, begin, end, job.box_width);
+      if (end == 0) continue;
       const int8_t* source = job.source + y * job.y_stride + (x + begin * job.step) * job.x_stride;
       uint8_t* left = row + phase * job.box_width + begin;
       const int64_t pixel = job.step * job.x_stride;
