@@ -673,31 +673,30 @@ class Quantizer(nn.Module):
         lacks this grid, type or partition into blocks."""
         if x.dtype != torch.float32:
             return None
+        if u is None and (found := self._cast(x, key)):  # scale and cast in one call
+            q, scale = _cast_absmax(x, key, found, "values")
+            view, strides, _, _, arguments, mode = found
+
+            def grid() -> Tensor:
+                cells = cast(x.detach().reshape(view), scale, None, key, None, strides, *arguments, mode, "grid")
+                return self.spec.blocks.view(cells.reshape(x.shape), self.layout)
+
+            return Coded(grid, scale[:, None], self.spec.format), q
         b = Blocked(x, self.spec.blocks, self.layout)
         if b.strides is None:
             return None
-        q: Tensor | None = None
-        arguments: tuple[str, list[float], Tensor | None] | None
-        if u is None and (found := self._cast(x, key)):
-            *_, arguments, mode = found
-            q, scale = _cast_absmax(x, key, found, "values")
-            s = Scaling(scale[:, None], self.spec.format)
-        else:
-            mode, s = self.mode(key is not None or u is not None), self.scaling(b)
-            arguments = cast_arguments(s.format, mode)
-        if arguments is None:
+        mode, s = self.mode(key is not None or u is not None), self.scaling(b)
+        if (how := cast_arguments(s.format, mode)) is None:
             return None
-        view, strides = b.view, b.strides
         zero = None if s.zero is None else s.zero.flatten()
         offset, step = (None if t is None else t.flatten() for t in (s.offset, s.step))
-        uniforms = None if u is None else u.to(x.dtype).reshape(view.shape)
+        uniforms = None if u is None else u.to(x.dtype).reshape(b.view.shape)
 
         def run(result: str) -> Tensor:
-            scale = s.scale.flatten()
-            return cast(view, scale, zero, key, uniforms, strides, *arguments, mode, result, offset, step)
+            return cast(b.view, s.scale.flatten(), zero, key, uniforms, b.strides, *how, mode, result, offset, step)
 
         coded = _coded(s, lambda: self.spec.blocks.view(run("grid").reshape(x.shape), self.layout))
-        return coded, (run("values") if q is None else q).reshape(x.shape)
+        return coded, run("values").reshape(x.shape)
 
     def extra_repr(self) -> str:
         fmt = self.spec.format
