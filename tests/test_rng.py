@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lowbit.ops.backends import compiled_isas, using_isa
 from lowbit.ops.uniform import philox, uniform_reference
 from lowbit.ops.uniform import uniform as uniform_op
 from lowbit.rng import REMEMBERED, Stream, stream_id, uniform
@@ -81,6 +82,18 @@ def test_operator(shape):
     assert torch.equal(uniform_op(key, shape), uniform_reference(key, shape))
     assert torch.equal(torch.ops.lowbit.uniform(key, shape), uniform_reference(key, shape))
     torch.library.opcheck(torch.ops.lowbit.uniform.default, (key, shape))
+
+
+@pytest.mark.parametrize("isa", compiled_isas())
+@pytest.mark.parametrize("first", [0, 2**32 - 100, 2**32 - 33, 2**32 - 32, 2**32, 3 * 2**32 - 5])
+def test_blocks_whose_number_needs_a_second_word(isa, first):
+    key = torch.tensor([123, 9, 7])
+    with using_isa(isa):
+        got = torch.ops.lowbit._uniform_blocks(key, first, 300)
+    i = torch.arange(first, first + 300)
+    counter = (i & 0xFFFFFFFF, i >> 32, torch.tensor(7), torch.tensor(9))
+    words = torch.stack(philox(counter, (torch.tensor(123), torch.tensor(0))), -1).flatten()
+    assert torch.equal(got, (words >> 8).float() * 2.0**-24)
 
 
 def test_operator_refuses_other_keys():
