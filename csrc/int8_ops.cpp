@@ -742,7 +742,10 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   // the same distance, a whole run of lines is one segment, with zeros of e between the lines.
   const bool raster = kernels.depth_unit > 4 && g.stride[0] == 1 && phases == 1;
   const int64_t unit = raster || up(width, kernels.depth_unit) <= 3 * width ? kernels.depth_unit : 4;
-  const int64_t line_depth = raster ? up(width + most_shift, 4) : up(width, unit);
+  // The zeros to the right of a row of x can be those to the left of the next one.
+  const int64_t margins = std::min(g.padding[1], most_shift);
+  const bool shared_margins = raster && pieces == 1 && up(width + most_shift - margins, 4) < up(width + most_shift, 4);
+  const int64_t line_depth = raster ? up(width + most_shift - (shared_margins ? margins : 0), 4) : up(width, unit);
   const int64_t plane_width = raster ? line_depth : line_depth + most_shift, plane_row = phases * plane_width;
 
   // tasks: parts of the sum if the sums of each are small, else parts of the channels
@@ -766,7 +769,7 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   // a block consists of runs of lines of one image, each with the rows of x that it needs
   const int64_t margin = (g.kernel_height - 1) * g.dilation[0] + 1;
   const int64_t most_runs = block / g.out_height + 2, longest_run = std::min(block, g.out_height);
-  const int64_t plane = up(plane_row * (block * g.stride[0] + most_runs * margin), 128) + 64;
+  const int64_t plane = up(plane_row * (block * g.stride[0] + most_runs * margin + shared_margins), 128) + 64;
 
   const bool narrow = panels < kernels.most_panels;
   const int64_t most = unit > 4 ? kernels.most_rows : narrow ? kernels.most_rows_narrow : kernels.most_rows_of_words;
@@ -835,10 +838,10 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
         const int64_t out_x = piece * width, here_width = std::min(width, g.out_width - out_x);
         segments.clear(), error_lines.clear(), runs.clear();
         int64_t plane_y = 0, longest = 0;
+        Int8Planes planes = {};
         while (line < block_end) {
           const int64_t sample = line / g.out_height % g.samples, out_y = line % g.out_height;
           const int64_t run = std::min(block_end - line, g.out_height - out_y);
-          Int8Planes planes;
           planes.source = source.data + sample * source.sample + (group * channels + channel) * source.channel;
           planes.y_stride = source.y, planes.x_stride = source.x;
           planes.channel_stride = channels == 1 ? 1 : source.channel;
@@ -855,6 +858,10 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
           }
           runs.push_back(run), longest = std::max(longest, run);
           plane_y += planes.box_height, line += run;
+        }
+        if (shared_margins && plane_y > 0) {  // after the last row: one of zeros
+          planes.y = g.height, planes.box_height = 1, planes.left = left + plane_y * plane_row;
+          kernels.pack_planes(planes);
         }
         if (raster) {  // every segment has as many lines as the longest
           size_t at = 0;

@@ -214,6 +214,10 @@ LARGE = [
     (3, 64, 128, 21, 1, 2, 0, 1),
     (2, 64, 32, 15, 3, 1, 0, 1),
     (2, 64, 64, 9, 1, 2, 4, 1),  # as many pixels as before, but others
+    # rows whose margins are those of their neighbours, too: 11 + 2 and 14 + 4 are shortest without one
+    (40, 32, 24, 11, 3, 1, 1, 1),
+    (3, 17, 20, 14, 5, 1, 2, 1),
+    (2, 16, 33, 7, 3, 1, 3, 1),
     (5, 96, 64, 70, 1, 1, 0, 1),  # grad_w of more pixels than a product of matrices takes
 ]
 
@@ -300,6 +304,7 @@ def test_empty_operands(isa: str) -> None:
     assert int8_conv(x, w, one, one).shape == e.shape
     assert int8_conv_grad_a(e, w, one, one, x.shape).shape == x.shape
     assert not int8_conv_grad_w(e, x, one, one, w.shape).any()
+    assert not int8_conv_grad_w(codes(0, 6, 7, 7), codes(0, 4, 7, 7), one, one, w.shape, padding=(1, 1)).any()
 
 
 @compiled
