@@ -95,8 +95,9 @@ void expand(const float* x, int64_t count, int64_t groups, int64_t n, float* out
 }
 
 // Results of so many bytes are written past the caches, where lines are written whole: a line then need not be read first,
-// and what the caches hold stays. Images at least are read again at once, by a normalization, so they must be larger.
-constexpr int64_t streamed_matrix = 1 << 20, streamed_images = 1 << 24;
+// and what the caches hold stays. Images are read again at once, by a normalization, so they must be more than L2 caches
+// keep till then.
+constexpr int64_t streamed_matrix = 1 << 20, streamed_images = 1 << 22;
 
 bool whole_lines(const Tensor& out, int64_t columns, int64_t least_bytes) {
   const int64_t bytes = out.scalar_type() == ScalarType::Float ? 4 : 2;
