@@ -673,17 +673,10 @@ class Quantizer(nn.Module):
         lacks this grid, type or partition into blocks."""
         if x.dtype != torch.float32:
             return None
-        if u is None and (found := self._cast(x, key)):  # scale and cast in one call
-            q, scale = _cast_absmax(x, key, found, "values")
-            view, strides, _, _, arguments, mode = found
-
-            def grid() -> Tensor:
-                cells = cast(x.detach().reshape(view), scale, None, key, None, strides, *arguments, mode, "grid")
-                return self.spec.blocks.view(cells.reshape(x.shape), self.layout)
-
-            return Coded(grid, scale[:, None], self.spec.format), q
+        if u is None and (found := self._cast(x, key)):
+            return self._at_once(x, key, found)
         b = Blocked(x, self.spec.blocks, self.layout)
-        if b.strides is None:
+        if (strides := b.strides) is None:
             return None
         mode, s = self.mode(key is not None or u is not None), self.scaling(b)
         if (how := cast_arguments(s.format, mode)) is None:
@@ -693,10 +686,22 @@ class Quantizer(nn.Module):
         uniforms = None if u is None else u.to(x.dtype).reshape(b.view.shape)
 
         def run(result: str) -> Tensor:
-            return cast(b.view, s.scale.flatten(), zero, key, uniforms, b.strides, *how, mode, result, offset, step)
+            return cast(b.view, s.scale.flatten(), zero, key, uniforms, strides, *how, mode, result, offset, step)
 
         coded = _coded(s, lambda: self.spec.blocks.view(run("grid").reshape(x.shape), self.layout))
         return coded, run("values").reshape(x.shape)
+
+    def _at_once(self, x: Tensor, key: Tensor | None, found: tuple[Any, ...]) -> tuple[Coded, Tensor]:
+        """`_by_scaling` where one call makes the scale and casts; `found` comes from `_cast`."""
+        q, scale = _cast_absmax(x, key, found, "values")
+        view, strides, _, _, arguments, mode = found
+        how: tuple[str, list[float], Tensor | None] = arguments
+
+        def grid() -> Tensor:
+            codes = cast(x.detach().reshape(view), scale, None, key, None, strides, *how, mode, "grid")
+            return self.spec.blocks.view(codes.reshape(x.shape), self.layout)
+
+        return Coded(grid, scale[:, None], self.spec.format), q
 
     def extra_repr(self) -> str:
         fmt = self.spec.format
