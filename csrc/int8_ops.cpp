@@ -743,10 +743,11 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   // the same distance, a whole run of lines is one segment, with zeros of e between the lines.
   const bool raster = kernels.depth_unit > 4 && g.stride[0] == 1 && phases == 1;
   const int64_t unit = raster || up(width, kernels.depth_unit) <= 3 * width ? kernels.depth_unit : 4;
-  // The zeros to the right of a row of x can be those to the left of the next one.
-  const int64_t margins = std::min(g.padding[1], most_shift);
-  const bool shared_margins = raster && pieces == 1 && up(width + most_shift - margins, 4) < up(width + most_shift, 4);
-  const int64_t line_depth = raster ? up(width + most_shift - (shared_margins ? margins : 0), 4) : up(width, unit);
+  // The zeros to the right of a row of x can be those to the left of the next one, where that makes lines shorter.
+  const int64_t own_zeros = up(width + most_shift, 4);
+  const int64_t shared_zeros = up(width + most_shift - std::min(g.padding[1], most_shift), 4);
+  const bool shared_margins = raster && pieces == 1 && shared_zeros < own_zeros;
+  const int64_t line_depth = !raster ? up(width, unit) : shared_margins ? shared_zeros : own_zeros;
   const int64_t plane_width = raster ? line_depth : line_depth + most_shift, plane_row = phases * plane_width;
 
   // tasks: parts of the sum if the sums of each are small, else parts of the channels
@@ -770,7 +771,8 @@ Tensor int8_conv_grad_w(const Tensor& e, const Tensor& x, const Tensor& e_scale,
   // a block consists of runs of lines of one image, each with the rows of x that it needs
   const int64_t margin = (g.kernel_height - 1) * g.dilation[0] + 1;
   const int64_t most_runs = block / g.out_height + 2, longest_run = std::min(block, g.out_height);
-  const int64_t plane = up(plane_row * (block * g.stride[0] + most_runs * margin + shared_margins), 128) + 64;
+  const int64_t most_plane_rows = block * g.stride[0] + most_runs * margin + (shared_margins ? 1 : 0);
+  const int64_t plane = up(plane_row * most_plane_rows, 128) + 64;
 
   const bool narrow = panels < kernels.most_panels;
   const int64_t most = unit > 4 ? kernels.most_rows : narrow ? kernels.most_rows_narrow : kernels.most_rows_of_words;

@@ -244,12 +244,7 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        name, plain = ctx.run.flow.name, ctx.run.flow.plain
-        if torch.is_grad_enabled() and not plain:
-            raise RuntimeError(
-                f"{name}: the backward pass of a layer with a quantized gradient can't be "
-                "differentiated again; leave create_graph out"
-            )
+        ctx.run.flow.check_derivative()
         return outside_autocast(grads[0].device.type, IntegerProduct.gradients, ctx, grads[0])
 
     @staticmethod

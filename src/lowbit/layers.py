@@ -28,7 +28,7 @@ from .accumulate import Operand, multiply
 from .backward import Coded, as_output
 from .integer import OPERANDS, Codes, IntegerProduct, Plan, outside_autocast, plan
 from .products import ConvProduct, ConvTransposeProduct, LinearProduct, MatmulProduct, ProductOps
-from .quantizer import QSpec, QTensor, Quantizer, pair_arguments
+from .quantizer import QSpec, QTensor, Quantizer, apart, by_shape, pair_arguments
 from .recipe import Int32, Keep, Products, Roles, Stage
 from .scales import AbsMax
 
@@ -37,9 +37,7 @@ __all__ = ["LayerQuant", "QConv1d", "QConv2d", "QConv3d", "QConvTranspose2d", "Q
 Keys = dict[Any, Tensor | None]
 """Random keys of one call, by what draws."""
 Contract = int | tuple[Literal["keep", "reduce"], tuple[int, ...]]
-
-
-ALL = tuple(OPERANDS)
+PRODUCTS = tuple(OPERANDS)
 INTEGER_DTYPES = {torch.float32, torch.bfloat16}
 """What enters and leaves an integer execution."""
 
@@ -245,7 +243,7 @@ class LayerQuant(nn.Module):
             return None
         recording, device = torch.is_grad_enabled(), a.device.type
         # in training the same in both runs of an activation checkpoint, of which one has no gradients
-        wanted = ALL if self.training else ("out",)
+        wanted = PRODUCTS if self.training else ("out",)
         if recording and not self.training:
             wanted += tuple(which for which, t in (("grad_a", a), ("grad_w", w)) if t.requires_grad)
         state = self.training, w.dim(), device, wanted
@@ -317,30 +315,33 @@ class Flow:
         drawing: dict[Any, Quantizer | Keep | None] = {"E": self.error, **self.overrides}
         drawing |= {("sample", i): again for i in range(1, self.samples)}
         self.draws = {k: q for k, q in drawing.items() if isinstance(q, Quantizer) and q.spec.stochastic}
-        self.slots: dict[tuple[str, str], Any] = {}
-        """Under which of these names the key of an operand is, if it draws."""
-        self.coders: dict[tuple[str, str], Quantizer | None] = {}
-        """What encodes the operand of an integer product: its override, or the quantizer of its role."""
-        for (which, side), override in self.overrides.items():
-            own, role = isinstance(override, Quantizer), OPERANDS[which][side == "right"]
-            self.slots[which, side] = (which, side) if own else role
-            self.coders[which, side] = override if isinstance(override, Quantizer) else self.coding[role]
-        if products.grad_w.same_draw and "E" in self.draws:
+        one_draw = products.grad_w.same_draw and "E" in self.draws
+        if one_draw:
             self.draws.pop(("grad_w", "left"), None)
-            self.slots["grad_w", "left"] = "E"
+        self.coders: dict[tuple[str, str], tuple[Quantizer | None, Any]] = {}
+        """What encodes the operand of an integer product, its override or its role's quantizer; the name of its key, if
+        it draws."""
+        for operand, override in self.overrides.items():
+            role = OPERANDS[operand[0]][operand[1] == "right"]
+            if isinstance(override, Quantizer):
+                self.coders[operand] = override, "E" if one_draw and operand == ("grad_w", "left") else operand
+            else:
+                self.coders[operand] = self.coding[role], role
 
     def pair(
         self, one: tuple[str, str], x: Tensor, q1: Quantizer, key1: Tensor | None, q2: Quantizer, key2: Tensor | None
     ) -> tuple[Any, ...]:
         """`pair_arguments`, kept; `one` is the operand that q1 encodes."""
-        if torch.compiler.is_compiling():
-            return pair_arguments(x, q1, key1, q2, key2)
         how = one, x.shape, x.dtype, key1 is None, key2 is None
-        if how not in self.pairs:
-            if len(self.pairs) > 64:  # lengths vary from batch to batch
-                self.pairs.clear()
-            self.pairs[how] = pair_arguments(x, q1, key1, q2, key2)
-        return self.pairs[how]
+        return by_shape(self.pairs, how, lambda: pair_arguments(x, q1, key1, q2, key2))
+
+    def check_derivative(self) -> None:
+        """Raises RuntimeError in a backward pass that autograd shall differentiate again and can't."""
+        if torch.is_grad_enabled() and not self.plain:
+            raise RuntimeError(
+                f"{self.name}: the backward pass of a layer with a quantized gradient can't be "
+                "differentiated again; leave create_graph out"
+            )
 
 
 class Run:
@@ -372,13 +373,14 @@ class Run:
         return [q.key(stored if q.weight else a) for q in self.flow.draws.values()]
 
     def by_slot(self, keys: Sequence[Tensor | None]) -> Keys:
-        """Those that `keys` gave, and those of the roles, by the names of `Flow.slots`."""
+        """Those that `keys` gave, and those of the roles, by the names in `Flow.coders`."""
         return self.role_keys | dict(zip(self.flow.draws, keys, strict=True))
 
     def coder(self, which: str, side: str, keys: Keys) -> tuple[Quantizer, Tensor | None]:
         """What encodes one operand of an integer product, and its random key."""
-        flow, operand = self.flow, (which, side)
-        return flow.coders[operand], keys.get(flow.slots[operand])  # type: ignore[return-value]
+        q, name = self.flow.coders[which, side]
+        assert q is not None
+        return q, keys.get(name)
 
     def codes(self, which: str, side: str, x: Tensor, keys: Keys) -> Codes:
         """int8 codes of one operand."""
@@ -397,8 +399,7 @@ class Run:
         how = self.flow.pair(one, x, q1, key1, q2, key2)
         if not how:
             return q1.integers(x, key1), q2.integers(x, key2), None
-        x = x.detach() if torch.is_grad_enabled() else x
-        codes1, scale1, codes2, scale2, total = torch.ops.lowbit.cast_absmax_pair(x, key1, key2, *how, sums)
+        codes1, scale1, codes2, scale2, total = torch.ops.lowbit.cast_absmax_pair(apart(x), key1, key2, *how, sums)
         return (codes1, scale1), (codes2, scale2), total if sums else None
 
     def activation(self, a: Tensor, keys: Keys) -> tuple[Codes, Codes | None]:
@@ -425,7 +426,7 @@ class Run:
     def real(self, which: str, side: str, x: Tensor, keys: Keys) -> Tensor:
         """Real values of one operand, on the grid of its override or its role, or as they are."""
         stored = self.codes_w is not None and OPERANDS[which][side == "right"] == "W"
-        if isinstance(self.flow.overrides[which, side], Keep) or stored or self.flow.coders[which, side] is None:
+        if isinstance(self.flow.overrides[which, side], Keep) or stored or self.flow.coders[which, side][0] is None:
             return x
         q, key = self.coder(which, side, keys)
         return q.quantize(x, key)
@@ -447,7 +448,7 @@ class Run:
             return Operand(q, coded, self.roles[OPERANDS[which][side == "right"]])
         if isinstance(override, Keep):
             return Operand(raw)
-        values, again = override.quantize_coded(raw, keys.get(self.flow.slots[which, side]))
+        values, again = override.quantize_coded(raw, keys.get(self.flow.coders[which, side][1]))
         return Operand(values, again, override)
 
     def multiply(self, which: str, left: Operand, right: Operand) -> Tensor:
@@ -474,11 +475,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not ctx.run.flow.plain:
-            raise RuntimeError(
-                f"{ctx.run.flow.name}: the backward pass of a layer with a quantized gradient can't be "
-                "differentiated again; leave create_graph out"
-            )
+        ctx.run.flow.check_derivative()
         return outside_autocast(grads[0].device.type, _Product.products, ctx, grads[0])
 
     @staticmethod

@@ -36,7 +36,7 @@ from .rounding import ROUNDINGS, Rounding
 from .scales import AbsMax, Average, History, Learned, MinMax, PowerOfTwo, Scale, Static
 from .serial import nearest, spec
 
-__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "pair_arguments", "rank"]
+__all__ = ["IDENTITY", "QSpec", "QTensor", "Quantizer", "Scaling", "apart", "by_shape", "pair_arguments", "rank"]
 
 T = TypeVar("T")
 CURRENT = -1
@@ -76,15 +76,13 @@ class QSpec:
         return self.rounding == "stochastic"
 
 
-DISTRIBUTED = dist.is_available()
-"""Whether this PyTorch has `torch.distributed`."""
 SIGNED, UNSIGNED = 1, 2
 """Values of `Quantizer.seen` once a learned scale has started: on `format` or on `unsigned`."""
 
 
 def rank() -> int:
     """This process's rank, 0 outside distributed training."""
-    return dist.get_rank() if DISTRIBUTED and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def pair_arguments(
@@ -99,7 +97,18 @@ def pair_arguments(
     return a[1], a[2], b[1], b[2], denominator, *arguments, a[5], b[5]
 
 
-def _apart(x: Tensor) -> Tensor:
+def by_shape(known: dict[Any, T], how: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What `make` gives, kept in `known` under a shape and what else it depends on."""
+    if torch.compiler.is_compiling():
+        return make()
+    if how not in known:
+        if len(known) > 64:  # lengths vary from batch to batch
+            known.clear()
+        known[how] = make()
+    return known[how]
+
+
+def apart(x: Tensor) -> Tensor:
     """`x` without a gradient; where none is recorded that is itself, and a call less."""
     return x.detach() if torch.is_grad_enabled() else x
 
@@ -326,7 +335,7 @@ class Quantizer(nn.Module):
     def integers(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """int8 codes in the shape of `x`, without a gradient, and the scales `(blocks,)`; `why_no_codes` is empty and
         `x` is not."""
-        x = _apart(x)
+        x = apart(x)
         if found := self._cast(x, key):
             return _cast_absmax(x, key, found, "codes")
         b, mode = Blocked(self._enter(x, None), self.spec.blocks, self.layout), self.mode(key is not None)
@@ -366,15 +375,17 @@ class Quantizer(nn.Module):
             self._versions[what] = version
             self._made.pop(what, None)
             return make()
+        if w.dtype != torch.float32 or not w.is_cpu:
+            return make()
         how = w.shape, w.stride(), self.training, None if key is None else key.tolist()
         mark, made = self._made.get(what, (None, None))
         if seen and mark == (seen[0], *how):
             return made  # type: ignore[no-any-return]
         flat = w.permute(0, 2, 3, 1) if w.dim() == 4 and not w.is_contiguous() else w
         steady = not isinstance(self.spec.scale, (Learned, Average, History)) and self.watch is None
-        if not (steady and flat.is_contiguous() and w.dtype == torch.float32 and w.device.type == "cpu"):
+        if not (steady and flat.is_contiguous()):
             return make()
-        bits = fingerprint(_apart(flat))
+        bits = fingerprint(apart(flat))
         if seen == []:
             seen.append(bits)
         if mark != (bits, *how):
@@ -388,19 +399,16 @@ class Quantizer(nn.Module):
         how = self.spec.scale
         if not isinstance(how, AbsMax) or type(self) is not Quantizer or self.spec.unsigned is not None:
             return ()
-        mode = self.mode(key is not None)
-        known = self._casts.get((x.shape, x.dtype, mode))
-        if known is None:
+        mode, denominator = self.mode(key is not None), how.denominator
+
+        def find() -> tuple[Any, ...]:
             b = Blocked(x, self.spec.blocks, self.layout)
             arguments = cast_arguments(self.spec.format, mode)
-            known = ()
-            if b.strides is not None and arguments is not None and x.dtype in (torch.float32, torch.bfloat16):
-                known = b.view.shape, b.strides, b.count, how.denominator, arguments, mode
-            if not torch.compiler.is_compiling():
-                if len(self._casts) > 64:  # lengths vary from batch to batch
-                    self._casts.clear()
-                self._casts[x.shape, x.dtype, mode] = known
-        return known
+            if b.strides is None or arguments is None or x.dtype not in (torch.float32, torch.bfloat16):
+                return ()
+            return b.view.shape, b.strides, b.count, denominator, arguments, mode
+
+        return by_shape(self._casts, (x.shape, x.dtype, mode), find)
 
     def gain(self, x: Tensor) -> float:
         """Factor on the gradient of the learned parameter; `x` is the tensor as it entered."""
@@ -753,7 +761,7 @@ register_optimizer_step_post_hook(_count_step)
 
 def _on_any_rank(flag: Tensor) -> bool:
     # ranks see different batches and must settle on one grid
-    if DISTRIBUTED and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         flag = flag.to(torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
@@ -761,7 +769,7 @@ def _on_any_rank(flag: Tensor) -> bool:
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
     # every rank sees another first batch; the parameter must start equal
-    if DISTRIBUTED and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value

@@ -118,7 +118,7 @@ class Stream(torch.nn.Module):
         else:
             key = self.key.clone()
             # in place: who calls the model with buffers of his own (torch.func.functional_call) finds them moved on
-            self.key.add_(_ONE_STEP if key.is_cpu else _ONE_STEP.to(key.device))
+            self.key.add_(_ONE_STEP.to(key.device))
         if rank:
             key[0] += _int64(rank * RANK_STRIDE)
         return key
